@@ -1,0 +1,106 @@
+"""One training step: compiled by lossloop against the same step by hand in eager torch.
+
+Question: how much faster is the pure compiled step of a 64-128-128-10 MLP, batch 64,
+Adam, than zero_grad, forward, backward, step, without any `.item()`?
+
+Both sides first make the same 20 steps and must end with the same weights. Then they
+are timed in turn, in one process pinned to one core, and the medians are compared.
+
+    python benchmarks/step_vs_eager.py
+"""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch import nn
+
+import lossloop as ll
+
+ROUNDS, STEPS, BATCH = 25, 200, 64
+
+
+def mlp() -> nn.Module:
+    """The model, the same weights each time."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+
+
+def by_hand(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[Callable, nn.Module]:
+    """The step as every tutorial writes it, less the read of the loss."""
+    model, loss_fn = mlp(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    inputs, targets = batch
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss_fn(model(inputs), targets).backward()
+            optimizer.step()
+
+    return run, model
+
+
+def by_lossloop(
+    batch: tuple[torch.Tensor, torch.Tensor], *, donate: bool
+) -> tuple[Callable, nn.Module]:
+    """The pure step, or the one that fit uses on tensors of its own."""
+    model = mlp()
+    goal = ll.supervised(model, nn.CrossEntropyLoss())
+    optimizer = ll.from_torch(torch.optim.Adam, lr=1e-3)
+    state = list(ll.init(goal, optimizer))
+    step = ll.compile_step(ll.make_step(goal, optimizer), donate=donate)
+
+    def run(steps: int) -> None:
+        params, opt_state = state
+        for _ in range(steps):
+            params, opt_state, _, _ = step(params, opt_state, batch)
+        state[:] = params, opt_state
+        ll.load_params(model, params)
+
+    return run, model
+
+
+def main() -> None:
+    """Checks, times, prints."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    batch = torch.randn(BATCH, 64), torch.randint(0, 10, (BATCH,))
+    sides = {
+        "eager by hand": by_hand(batch),
+        "compiled, pure": by_lossloop(batch, donate=False),
+        "compiled, donating": by_lossloop(batch, donate=True),
+    }
+    for run, _ in sides.values():
+        run(20)
+    reference = sides["eager by hand"][1]
+    for name, (_, model) in sides.items():
+        for key, tensor in model.state_dict().items():
+            torch.testing.assert_close(
+                tensor, reference.state_dict()[key], rtol=1e-4, atol=1e-6, msg=name
+            )
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, (run, _) in sides.items():
+            start = perf_counter()
+            run(STEPS)
+            seconds[name].append((perf_counter() - start) / STEPS)
+    eager = statistics.median(seconds["eager by hand"])
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, one core of")
+    print(next(line for line in open("/proc/cpuinfo") if "model name" in line).strip())
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        print(
+            f"{name:20} {1e6 * median:7.1f} us  (best {1e6 * min(times):7.1f})"
+            f"  {eager / median:5.2f} times eager"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Training as a fold of one compiled pure function, with exact epoch losses."""
+
+from importlib.metadata import version
+
+from lossloop import optim
+from lossloop._compile import compile_step
+from lossloop._fit import EpochRecord, Result, fit
+from lossloop._fold import fold, fold_eval
+from lossloop._history import History
+from lossloop._losses import batch_mean, loss_pair
+from lossloop._mean import Mean
+from lossloop._model import load_params
+from lossloop._objective import Objective, objective, supervised
+from lossloop._optimizers import from_torch, load_opt_state
+from lossloop._step import init, make_eval_step, make_step
+from lossloop._types import OptState, Optimizer
+
+__version__ = version("lossloop")
+
+__all__ = [
+    "EpochRecord",
+    "History",
+    "Mean",
+    "Objective",
+    "OptState",
+    "Optimizer",
+    "Result",
+    "batch_mean",
+    "compile_step",
+    "fit",
+    "fold",
+    "fold_eval",
+    "from_torch",
+    "init",
+    "load_opt_state",
+    "load_params",
+    "loss_pair",
+    "make_eval_step",
+    "make_step",
+    "objective",
+    "optim",
+    "supervised",
+]

@@ -1,0 +1,138 @@
+"""What comes out of a loader, and how it reaches the step."""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lossloop._types import Batch
+
+
+def as_batches(name: str, loader: Any, passes: int) -> Iterable[Batch]:
+    """The batches of a loader, refused at the door if they cannot be read so often.
+
+    Args:
+        name: Of the argument, for messages.
+        loader: A `DataLoader`; anything else that can be iterated repeatedly and gives
+            batches; or a tuple of tensors, which is one batch holding all the data.
+        passes: How often the batches will be read.
+
+    Raises:
+        TypeError: If it is not such a thing.
+        ValueError: If it is empty, or an iterator that can be read only once.
+    """
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(
+            f"{name} is a {type(loader).__name__}, which gives samples, not batches. "
+            f"Pass DataLoader({name}, batch_size=...)."
+        )
+    if isinstance(loader, tuple) and loader and all(_is_tensor(t) for t in loader):
+        sizes = {len(t) if t.ndim else 0 for t in loader}
+        if len(sizes) > 1 or sizes == {0}:
+            raise ValueError(
+                f"{name} is a tuple of tensors of lengths "
+                f"{[len(t) if t.ndim else 0 for t in loader]}; they must hold the same "
+                f"number of samples, at least one."
+            )
+        return [loader]
+    if not isinstance(loader, Iterable) or isinstance(loader, Tensor | str | dict):
+        raise TypeError(
+            f"{name} must give batches when iterated, got a {type(loader).__name__}. "
+            f"Pass a DataLoader, a list of batches, or a tuple of tensors."
+        )
+    if iter_is_itself(loader) and passes > 1:
+        raise ValueError(
+            f"{name} is a one-shot iterator ({type(loader).__name__}): it is used up "
+            f"after one epoch, and {passes} are to be run. Pass a DataLoader, a list, "
+            f"or an object whose __iter__ starts anew."
+        )
+    if length(loader) == 0:
+        raise ValueError(
+            f"{name} has no batches: its length is 0. Check the data set, batch_size "
+            f"and drop_last."
+        )
+    return loader
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def iter_is_itself(loader: Iterable[Batch]) -> bool:
+    """Whether it is an iterator, which can be read once only."""
+    return isinstance(loader, Iterator)
+
+
+def length(loader: Iterable[Batch]) -> int | None:
+    """Batches in one pass, or None where that is not known beforehand."""
+    try:
+        return len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+@contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """Puts every generator that reading a batch may move back to where it was."""
+    candidates = [
+        getattr(loader, "generator", None),
+        getattr(getattr(loader, "sampler", None), "generator", None),
+    ]
+    own = {id(g): g for g in candidates if isinstance(g, torch.Generator)}
+    states = [(g, g.get_state()) for g in own.values()]
+    default, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        torch.set_rng_state(default)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def peek(name: str, loader: Iterable[Batch]) -> Batch | None:
+    """The first batch, leaving loader and generators as they were.
+
+    None where that is impossible (an iterator) or dear (worker processes).
+    """
+    if iter_is_itself(loader):
+        return None
+    if isinstance(loader, DataLoader) and loader.num_workers:
+        return None
+    with _generators_kept(loader):
+        for batch in loader:
+            return batch
+    raise no_batches(name)
+
+
+def no_batches(name: str) -> ValueError:
+    """The error for a loader that gave nothing."""
+    return ValueError(
+        f"{name} gave no batches. Check the data set, batch_size, drop_last, and that "
+        f"it is no iterator that has been read already."
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device; the same object if they are there.
+
+    Pinned memory is copied without waiting.
+    """
+    if type(batch) in (tuple, list) and all(_on(t, device) for t in batch):
+        return batch
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if _is_tensor(leaf) else leaf
+
+    return pytree.tree_map(move, batch)
+
+
+def _on(leaf: Any, device: torch.device) -> bool:
+    return type(leaf) is Tensor and leaf.device == device

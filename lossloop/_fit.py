@@ -1,0 +1,238 @@
+"""The front door: a whole training run, arranged from the public parts."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from lossloop._batches import as_batches, length, peek, to_device
+from lossloop._compile import RNN_HINT, Compiled
+from lossloop._fold import fold, fold_eval
+from lossloop._history import History, Row
+from lossloop._mean import Mean
+from lossloop._model import device_of, load_params
+from lossloop._objective import Objective, supervised
+from lossloop._optimizers import load_opt_state
+from lossloop._plan import CompileChoice, CompilePlan, has_rnn
+from lossloop._progress import Progress
+from lossloop._schedule import Schedule
+from lossloop._step import EvalStep, TrainStep, init, make_eval_step, make_step
+from lossloop._types import Batch, OptState, Params, Slots
+
+
+class EpochRecord(NamedTuple):
+    """What `on_epoch` is handed."""
+
+    row: Row  # of the history
+    params: Params  # after the epoch; the next step overwrites them: copy to keep
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `fit` returns.
+
+    Attributes:
+        history: A row per epoch; see `History`.
+        params: The weights that the module now holds: those of the best epoch, or of
+            the last one.
+        opt_state: The optimizer's state after the last step.
+        best_epoch: The epoch of the lowest validation loss, from 1; None without
+            validation data, or if no validation loss was a number.
+        compiled: Whether the training step was compiled, and why.
+    """
+
+    history: History
+    params: Params
+    opt_state: OptState
+    best_epoch: int | None
+    compiled: CompileChoice
+
+
+def fit(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    optimizer: Any,
+    train_loader: Iterable[Batch],
+    val_loader: Iterable[Batch] | None = None,
+    *,
+    epochs: int,
+    scheduler: Any = None,
+    schedule_by: Literal["step", "epoch"] | None = None,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    restore_best: bool = True,
+    compile: Literal["auto", True, False] = "auto",
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    on_epoch: Callable[[EpochRecord], object] | None = None,
+) -> Result:
+    """Trains a model, and reports losses that are exact.
+
+    Every epoch carries a pure step over the training batches, then measures the
+    validation loss with the weights frozen. The module itself is changed between
+    epochs only: whatever happens, it holds the weights of the last finished epoch (of
+    the best one in the end), in the train or eval mode it came in.
+
+    Args:
+        model: The module to train.
+        loss_fn: A loss module of `torch.nn`, a function `(output, target)` that returns
+            one loss per sample or `(loss_sum, n)`, or an `Objective` of this model.
+        optimizer: An instance of `torch.optim` (its groups, rates and state are taken,
+            and it holds the final state afterwards), a class or partial of one, an
+            optimizer of `lossloop.optim`, or an object with optax's two functions.
+        train_loader: A `DataLoader`, anything that gives batches each time it is
+            iterated, or a tuple of tensors, which is one batch of all the data.
+        val_loader: The same, for validation.
+        epochs: How often to go through the training data.
+        scheduler: A `torch.optim.lr_scheduler` built on `optimizer`.
+        schedule_by: When to step it: after every "step" or every "epoch".
+        clip_grad_norm: See `make_step`.
+        clip_grad_value: See `make_step`.
+        restore_best: Whether to end with the weights of the lowest validation loss.
+        compile: True, False, or "auto": compile if the planned steps save more time
+            than compiling costs, judging by counts and not by clocks.
+        device: Where to move the model first; default, where it is.
+        seed: Of dropout and other random layers. Shuffling is the loader's.
+        progress: Whether to show a bar and print a line per epoch.
+        on_epoch: Called after each epoch.
+
+    Returns:
+        The history, the weights, and what was decided.
+
+    Raises:
+        ValueError: Before any training, for what cannot be right: no batches, shapes
+            that would broadcast, labels out of range, values that are not finite, an
+            optimizer over another model's parameters, a scheduler without its unit,
+            and the like.
+        TypeError: Likewise, for things of the wrong kind.
+
+    Example:
+        >>> import lossloop as ll
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator object at ...>
+        >>> x = torch.linspace(-1, 1, 32).reshape(-1, 1)
+        >>> model = torch.nn.Linear(1, 1)
+        >>> result = ll.fit(
+        ...     model, torch.nn.MSELoss(), torch.optim.Adam(model.parameters(), lr=0.1),
+        ...     (x, 3 * x + 1), epochs=100, progress=False,
+        ... )
+        >>> result.history[-1]["train_loss"] < 0.01
+        True
+    """
+    if not isinstance(epochs, int) or isinstance(epochs, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"fit(epochs=...) must be an int, got {epochs!r}.")
+    if epochs < 1:
+        raise ValueError(f"fit(epochs=...) must be at least 1, got {epochs}.")
+    if compile not in ("auto", True, False):
+        raise ValueError(
+            f"fit(compile=...) must be 'auto', True or False, got {compile!r}."
+        )
+    train = as_batches("train_loader", train_loader, epochs)
+    val = None if val_loader is None else as_batches("val_loader", val_loader, epochs)
+    if device is not None:
+        model.to(device)
+    goal = loss_fn if isinstance(loss_fn, Objective) else supervised(model, loss_fn)
+    if goal.model is not model:
+        raise ValueError(
+            "fit(model, objective, ...): the objective was made for another module. "
+            "Make it with supervised(model, ...) or objective(model, ...) of this one."
+        )
+    schedule = Schedule(scheduler, schedule_by, optimizer)
+    params, opt_state = init(goal, optimizer, seed=seed)
+    step = make_step(
+        goal, optimizer, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
+    )
+    eval_step = make_eval_step(goal)
+    if has_rnn(model):
+        if compile is True:
+            raise ValueError(f"fit(compile=True): {RNN_HINT}")
+        compile = False
+    plan = CompilePlan(compile, step.body.function, epochs=epochs, batches=length(train))
+    val_batches = None if val is None else length(val)
+    val_plan = CompilePlan(
+        compile, eval_step.body.function, epochs=epochs, batches=val_batches
+    )
+    if compile is not False:
+        # The tensors of params and opt_state are our own, so the step may write to them.
+        step = TrainStep(Compiled(step.body.function, donate=True, worth=plan.worth))
+        eval_step = EvalStep(Compiled(eval_step.body.function, worth=val_plan.worth))
+
+    if val is not None and (batch := peek("val_loader", val)) is not None:
+        where = "val_loader, batch 1"
+        goal.check(where, params, to_device(batch, device_of(params)))
+    bar = Progress(shown=progress, epochs=epochs, batches=length(train))
+
+    def on_step(opt_state: OptState, mean: Mean) -> OptState:
+        bar.step(mean)
+        return schedule.after_step(opt_state)
+
+    history, best_epoch, best = History(), None, params
+    best_loss = float("inf")
+    try:
+        for epoch in range(1, epochs + 1):
+            bar.begin(epoch)
+            start = perf_counter()
+            batches = _checked(goal, params, train) if epoch == 1 else train
+            params, opt_state, mean = fold(
+                step, params, opt_state, batches, on_step=on_step
+            )
+            train_loss, n_train = mean.value_and_weight()
+            seconds = perf_counter() - start
+            val_loss, n_val = None, None
+            if val is not None:
+                val_loss, n_val = fold_eval(eval_step, params, val).value_and_weight()
+            load_params(model, params)
+            row = {
+                "epoch": epoch,
+                "step": int(opt_state.step),
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "lr": _rate(opt_state),
+                "seconds": seconds,
+                "n_train": n_train,
+                "n_val": n_val,
+            }
+            history = history.append(row)
+            if val_loss is not None and val_loss < best_loss:
+                best_loss, best_epoch = val_loss, epoch
+                if restore_best:
+                    best = {name: t.clone() for name, t in params.items()}
+            bar.end(row)
+            if on_epoch is not None:
+                on_epoch(EpochRecord(history[-1], params))
+            plan.end_epoch()
+            val_plan.end_epoch()
+            opt_state = schedule.after_epoch(
+                opt_state, train_loss if val_loss is None else val_loss
+            )
+    finally:
+        bar.close()
+    if restore_best and best_epoch is not None:
+        params = best
+        load_params(model, params)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        load_opt_state(optimizer, model, opt_state)
+    return Result(history, params, opt_state, best_epoch, plan.choice)
+
+
+def _checked(
+    goal: Objective, params: Params, batches: Iterable[Batch]
+) -> Iterator[Batch]:
+    """The batches, the first of which is looked at before anything is trained on it."""
+    iterator = iter(batches)
+    for first in iterator:
+        where = "train_loader, batch 1"
+        goal.check(where, params, to_device(first, device_of(params)))
+        return itertools.chain([first], iterator)
+    return iterator
+
+
+def _rate(opt_state: OptState) -> float | None:
+    """The rate of the first group; None if the optimizer is not one of ours."""
+    slots = opt_state.slots
+    return slots.groups[0].hyper["lr"].item() if isinstance(slots, Slots) else None

@@ -1,0 +1,190 @@
+"""A module seen as a function of its tensors."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lossloop._types import Params
+
+_NOT_FUNCTIONAL = "{where}: {name} ({kind}) cannot be used as a pure function: {why}"
+
+
+def model_params(model: nn.Module) -> Params:
+    """The module's own parameters and persistent buffers, tied ones once.
+
+    The names are those of `model.state_dict()`; the tensors are not copied.
+    """
+    saved = model.state_dict(keep_vars=True)
+    tensors = dict(model.named_parameters())
+    tensors.update(model.named_buffers())
+    return {name: tensor for name, tensor in tensors.items() if name in saved}
+
+
+def device_of(params: Params) -> torch.device:
+    """Where the parameters are; the CPU if there are none."""
+    return next((t.device for t in params.values()), torch.device("cpu"))
+
+
+def load_params(model: nn.Module, params: Params) -> None:
+    """Copies parameters and buffers into a module.
+
+    Args:
+        model: The module; its tensors are overwritten in place, so optimizers and
+            views of them stay valid. Its train or eval mode is left alone.
+        params: As `init` or a step returns it.
+
+    Raises:
+        ValueError: If a name is missing, unknown, or has another shape. Nothing is
+            copied then.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> load_params(model, {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
+        >>> model.weight.tolist()
+        [[1.0, 1.0]]
+    """
+    own = model_params(model)
+    missing, unknown = own.keys() - params.keys(), params.keys() - own.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"load_params: params do not belong to this {type(model).__name__}: "
+            f"missing {sorted(missing)}, unknown {sorted(unknown)}. Pass the params "
+            f"of a run of the same model."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != params[name].shape:
+            raise ValueError(
+                f"load_params: params[{name!r}] has shape {tuple(params[name].shape)}, "
+                f"the module's has {tuple(tensor.shape)}."
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(params[name])
+
+
+def check_functional(where: str, model: nn.Module) -> None:
+    """Refuses by name what cannot be a pure function of its tensors."""
+
+    def refuse(error: type[Exception], name: str, module: nn.Module, why: str) -> None:
+        raise error(
+            _NOT_FUNCTIONAL.format(
+                where=where,
+                name=f"model.{name}" if name else "model",
+                kind=type(module).__name__,
+                why=why,
+            )
+        )
+
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"{where}: model must be a torch.nn.Module, got {type(model).__name__}."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            refuse(TypeError, name, module, "it is TorchScript. Pass the module itself.")
+        if hasattr(module, "_orig_mod"):
+            refuse(
+                TypeError,
+                name,
+                module,
+                "it is compiled already. Pass the module that was given to "
+                "torch.compile; lossloop compiles the whole step.",
+            )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            refuse(TypeError, name, module, "it is a wrapper. Pass its .module.")
+        if module._backward_hooks or module._backward_pre_hooks:
+            refuse(
+                TypeError,
+                name,
+                module,
+                "it has full backward hooks, which torch.func does not run. "
+                "Remove them, or compute what they do in the loss.",
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            refuse(
+                ValueError,
+                name,
+                module,
+                "sparse=True makes sparse gradients. Build it with sparse=False.",
+            )
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        for key, tensor in tensors:
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                refuse(
+                    ValueError,
+                    name,
+                    module,
+                    f"its {key} is lazy and not yet initialised. Call the model on "
+                    f"one batch first.",
+                )
+            if tensor is not None and tensor.is_meta:
+                refuse(
+                    ValueError,
+                    name,
+                    module,
+                    f"its {key} is on the meta device and has no values. Call "
+                    f"model.to_empty(device=...) and initialise it first.",
+                )
+
+
+class _Body(nn.Module):
+    """A function of a module and more, as a module: what `functional_call` takes."""
+
+    def __init__(self, function: Callable[..., Any], model: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.model = model
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self.model, *args)
+
+
+def skeleton(model: nn.Module, *, train: bool) -> nn.Module:
+    """A private copy of a module, in train or eval mode, without its values.
+
+    Parameters and persistent buffers have shapes but no storage; whoever calls the
+    skeleton puts tensors in their place. Buffers that `state_dict` leaves out are
+    constants and are copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in model_params(model).values():
+        empty = torch.empty_like(tensor, device="meta").detach()
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    for module in model.modules():
+        for value in vars(module).values():
+            # Left behind by hooks (old weight_norm): deepcopy refuses them.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo).train(train)
+
+
+class FunctionalModel:
+    """`function(model, *args)` as a pure function of the model's tensors."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        self._body = _Body(function, model)
+        self._buffers = tuple(
+            name
+            for name, tensor in model_params(model).items()
+            if not isinstance(tensor, nn.Parameter)
+        )
+
+    def __call__(self, params: Params, *args: Any) -> tuple[Any, Params]:
+        """Calls the function with `params` in the module.
+
+        Returns:
+            What the function returned, and the buffers as the call left them; `params`
+            is unchanged, because the module writes to copies.
+        """
+        tensors = {f"model.{name}": tensor for name, tensor in params.items()}
+        for name in self._buffers:
+            tensors[f"model.{name}"] = params[name].clone()
+        result = functional_call(self._body, tensors, args)
+        # functional_call leaves in the dictionary what the module assigned meanwhile.
+        return result, {name: tensors[f"model.{name}"] for name in self._buffers}

@@ -1,0 +1,283 @@
+"""What is minimised: a function from parameters and a batch to a loss pair."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lossloop._losses import check_loss, loss_pair
+from lossloop._model import (
+    FunctionalModel,
+    check_functional,
+    device_of,
+    model_params,
+    skeleton,
+)
+from lossloop._random import seeded
+from lossloop._types import Batch, LossPair, Params, accumulator_dtype
+
+NOT_A_PAIR = """\
+{where} must return (loss_sum, n): the sum of the weighted losses and the sum of the
+weights, both tensors of shape (); got {got}.
+
+    return losses.mean()                                     # not this: weight unknown
+    return losses.sum(), torch.tensor(losses.numel())        # this
+"""
+
+
+def _as_pair(where: str, result: Any) -> LossPair:
+    if not (isinstance(result, tuple) and len(result) == 2):
+        got = (
+            f"a tensor of shape {tuple(result.shape)}"
+            if isinstance(result, Tensor)
+            else type(result).__name__
+        )
+        raise TypeError(NOT_A_PAIR.format(where=where, got=got))
+    loss_sum, n = result
+    if not isinstance(loss_sum, Tensor) or loss_sum.ndim:
+        shape = tuple(getattr(loss_sum, "shape", ()))
+        got = f"loss_sum of type {type(loss_sum).__name__} and shape {shape}"
+        raise TypeError(NOT_A_PAIR.format(where=where, got=got))
+    if isinstance(n, int | float):
+        n = torch.tensor(n, device=loss_sum.device)
+    if not isinstance(n, Tensor) or n.ndim:
+        shape = tuple(getattr(n, "shape", ()))
+        got = f"n of type {type(n).__name__} and shape {shape}"
+        raise TypeError(NOT_A_PAIR.format(where=where, got=got))
+    return loss_sum.to(accumulator_dtype(loss_sum.device)), n.detach()
+
+
+class Objective:
+    """A loss as a pure function of parameters and a batch.
+
+    Made by `supervised` and `objective`. `objective(params, batch)` gives
+    `(loss_sum, n)` in train mode and drops the buffers that the model wrote; steps use
+    `train`, which returns them, and `evaluate`, which is in eval mode.
+
+    Attributes:
+        model: The caller's module; read by `init`, never called or changed.
+        trainable: Names of the parameters that require a gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Callable[[nn.Module, Batch], LossPair],
+        *,
+        where: str,
+        check: Callable[[nn.Module, Batch], object] | None = None,
+    ) -> None:
+        check_functional(where, model)
+        self.model = model
+        self.trainable = frozenset(
+            name for name, t in model.named_parameters() if t.requires_grad
+        )
+        self._where = where
+        self._skeleton = skeleton(model, train=True)
+        self._train = FunctionalModel(self._skeleton, function)
+        self._check = FunctionalModel(self._skeleton, check or function)
+        self._eval = FunctionalModel(skeleton(model, train=False), function)
+
+    def __call__(self, params: Params, batch: Batch) -> LossPair:
+        """Returns `(loss_sum, n)` of a batch in train mode."""
+        loss_sum, n, _ = self.train(params, batch)
+        return loss_sum, n
+
+    def train(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
+        """Returns `(loss_sum, n, buffers)` in train mode, the buffers as written."""
+        result, buffers = self._train(params, batch)
+        return *_as_pair(self._where, result), buffers
+
+    def evaluate(self, params: Params, batch: Batch) -> LossPair:
+        """Returns `(loss_sum, n)` in eval mode."""
+        result, _ = self._eval(params, batch)
+        return _as_pair(self._where, result)
+
+    def init(self) -> Params:
+        """A detached copy of the model's parameters and buffers."""
+        return {k: t.detach().clone() for k, t in model_params(self.model).items()}
+
+    def check(self, place: str, params: Params, batch: Batch) -> None:
+        """Looks at a batch as nothing inside a step may: reads values on the host.
+
+        Args:
+            place: What to call the batch in a message, like "train_loader, batch 1".
+            params: Parameters to call the model with; they are not changed.
+            batch: The batch; it is not changed, and no generator moves.
+
+        Raises:
+            ValueError: If an input or target is not finite, if the loss refuses the
+                batch, or if the model writes to a buffer that `state_dict` leaves out.
+            TypeError: If the batch or the returned pair has the wrong form.
+        """
+        constants = {
+            name: (buffer, buffer.clone())
+            for name, buffer in self._skeleton.named_buffers()
+            if not buffer.is_meta
+        }
+        try:
+            with torch.no_grad(), seeded(0, device_of(params)):
+                result, _ = self._check(params, batch)
+            if result is not None:
+                _as_pair(self._where, result)
+            for name, (buffer, before) in constants.items():
+                if not torch.equal(buffer, before):
+                    raise ValueError(
+                        f"model.{name} is written by forward, but it is registered "
+                        f"with persistent=False, so it is no part of the params that a "
+                        f"step returns. Register it with persistent=True."
+                    )
+        except Exception as error:
+            if type(error) in (TypeError, ValueError):
+                raise type(error)(f"{place}: {error}") from error
+            error.add_note(f"This happened while lossloop looked at {place}.")
+            raise
+
+
+class FunctionObjective:
+    """A user's own pure function `(params, batch) -> (loss_sum, n)` as an objective.
+
+    Every floating-point tensor of `params` is trained, and there is no train or eval
+    mode: what differs between them is the caller's to pass.
+    """
+
+    def __init__(self, function: Callable[[Params, Batch], LossPair]) -> None:
+        self.function = function
+
+    def train(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
+        """Returns `(loss_sum, n, {})`."""
+        return *self.evaluate(params, batch), {}
+
+    def evaluate(self, params: Params, batch: Batch) -> LossPair:
+        """Returns `(loss_sum, n)`."""
+        return _as_pair("the objective", self.function(params, batch))
+
+
+def as_objective(
+    function: Objective | Callable[[Params, Batch], LossPair],
+) -> Objective | FunctionObjective:
+    """An `Objective` as it is, a plain function as a `FunctionObjective`."""
+    if isinstance(function, Objective):
+        return function
+    if not callable(function) or isinstance(function, nn.Module):
+        raise TypeError(
+            f"objective must be a function (params, batch) -> (loss_sum, n), got "
+            f"{type(function).__name__}. Build one with supervised(model, loss_fn) or "
+            f"objective(model, function)."
+        )
+    return FunctionObjective(function)
+
+
+def objective(
+    model: nn.Module, function: Callable[[Any, Batch], LossPair]
+) -> Objective:
+    """Turns `function(model, batch) -> (loss_sum, n)` into an objective.
+
+    For batches that are not `(inputs, targets)`, losses of several outputs, masks,
+    regularisers, or anything else: the batch may be any pytree of tensors.
+
+    Args:
+        model: The module to train. It is not called; the function receives a private
+            copy that holds the parameters of the step.
+        function: Returns the sum of the weighted losses and the sum of the weights,
+            both of shape (); `loss_pair` makes such pairs from losses of `torch.nn`.
+
+    Returns:
+        The objective, for `make_step`, `make_eval_step`, `init` and `fit`.
+
+    Raises:
+        TypeError: If the model cannot be used as a pure function (TorchScript,
+            compiled or wrapped modules, backward hooks).
+        ValueError: If parts of it are not initialised yet.
+
+    Example:
+        >>> def masked(model, batch):
+        ...     error = (model(batch["x"]).squeeze(1) - batch["y"]) ** 2
+        ...     return (batch["mask"] * error).sum(), batch["mask"].sum()
+        >>> goal = objective(torch.nn.Linear(3, 1), masked)
+        >>> batch = {"x": torch.ones(4, 3), "y": torch.ones(4), "mask": torch.ones(4)}
+        >>> loss_sum, n = goal(goal.init(), batch)
+        >>> n.item()
+        4.0
+    """
+    return Objective(model, function, where="the function given to objective")
+
+
+def supervised(model: nn.Module, loss_fn: Callable[..., Any]) -> Objective:
+    """Turns a module and a loss into an objective over `(inputs, targets)` batches.
+
+    The model is called as `model(inputs)`; a tuple or list of inputs is unpacked as
+    positional, a dictionary as keyword arguments. The loss is called as
+    `loss_fn(output, targets)`; see `loss_pair` for how its weights are found.
+
+    Args:
+        model: The module to train; see `objective`.
+        loss_fn: A loss module of `torch.nn` (class weights, `ignore_index`, label
+            smoothing and the rest count as in its own `reduction="mean"`; its
+            `reduction` does not matter); or a function `(output, targets)` that
+            returns one loss per sample, or `(loss_sum, n)`.
+
+    Returns:
+        The objective, for `make_step`, `make_eval_step`, `init` and `fit`.
+
+    Raises:
+        TypeError: If the model cannot be used as a pure function, or the loss has
+            parameters of its own.
+        ValueError: If parts of the model are not initialised yet.
+
+    Example:
+        >>> goal = supervised(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss())
+        >>> loss_sum, n = goal(goal.init(), (torch.ones(4, 3), torch.tensor([0, 1, 1, -100])))
+        >>> n.item()  # the target -100 is ignored and has weight 0
+        3
+    """
+    pair = loss_pair(loss_fn)
+
+    def function(model: Any, batch: Batch) -> LossPair:
+        inputs, targets = _split(batch)
+        return pair(_forward(model, inputs), targets)
+
+    def check(model: Any, batch: Batch) -> None:
+        inputs, targets = _split(batch)
+        check_finite("inputs", inputs)
+        check_finite("targets", targets)
+        check_loss(loss_fn, _forward(model, inputs), targets)
+
+    return Objective(model, function, where="loss_fn", check=check)
+
+
+def _split(batch: Batch) -> tuple[Any, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        got = type(batch).__name__
+        got += f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(
+            f"a batch must be (inputs, targets), got a {got}. For batches of another "
+            f"form use objective(model, function), whose function takes them whole."
+        )
+    inputs, targets = batch
+    return inputs, targets
+
+
+def _forward(model: Any, inputs: Any) -> Any:
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(inputs)
+
+
+def check_finite(name: str, tree: Any) -> None:
+    """Refuses a pytree with a NaN or an infinity, saying where it is."""
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        finite = torch.isfinite(leaf)
+        if not finite.all():
+            index = tuple(torch.nonzero(~finite)[0].tolist())
+            raise ValueError(
+                f"{name}{pytree.keystr(path)} has {int((~finite).sum())} values that "
+                f"are not finite, the first {leaf[index].item()} at {index}. Clean or "
+                f"impute the data first."
+            )

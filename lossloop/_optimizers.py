@@ -1,0 +1,553 @@
+"""Optimizers as pure functions, read from torch.optim's and written back to them."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+
+from lossloop._formulas import NUMBERS, RULES, Rule
+from lossloop._types import (
+    Group,
+    Optimizer,
+    OptState,
+    Params,
+    Slots,
+    accumulator_dtype,
+)
+
+TorchOptimizer = torch.optim.Optimizer
+Options = dict[str, Any]
+TorchLike = TorchOptimizer | type[TorchOptimizer] | functools.partial[TorchOptimizer]
+
+# Ways of executing: they do not change the results.
+_EXECUTION = {"foreach", "fused", "capturable", "differentiable"}
+
+_STEP = "step"  # by name, since torch's annotations leave it partly unknown
+
+_PAIRS = {
+    "betas": ("beta1", "beta2"),
+    "eps": ("eps1", "eps2"),
+    "etas": ("etaminus", "etaplus"),
+    "step_sizes": ("step_size_min", "step_size_max"),
+}
+
+
+def _rule(kind: type[TorchOptimizer]) -> Rule:
+    """The rule of a torch.optim class, or of a subclass that only sets options."""
+    for base in kind.__mro__:
+        if base not in RULES:
+            continue
+        # torch wraps `step` of each class it makes instances of: compare the originals.
+        own, known = (getattr(each, _STEP) for each in (kind, base))
+        if inspect.unwrap(own) is inspect.unwrap(known):
+            return RULES[base]
+        raise TypeError(
+            f"{kind.__name__} overrides {base.__name__}.step, which lossloop does not "
+            f"call: its formulas are its own. Pass torch.optim.{base.__name__}, or an "
+            f"object with `init` and `update`"
+        )
+    raise TypeError(
+        f"{kind.__name__} is not supported. Supported of torch.optim: "
+        f"{', '.join(sorted(known.__name__ for known in RULES))}; anything else as an "
+        f"object with `init` and `update`"
+    )
+
+
+def _static(rule: Rule, group: Options) -> Options:
+    fixed = {name: group[name] for name in rule.static}
+    return {"decoupled_weight_decay": rule.decoupled, "maximize": False, **fixed}
+
+
+def _statics(optimizer: TorchOptimizer) -> tuple[Options, ...]:
+    rule = _rule(type(optimizer))
+    return tuple(_static(rule, group) for group in optimizer.param_groups)
+
+
+def _named(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """An option under the names of its hyper-parameters: betas as beta1 and beta2."""
+    if isinstance(value, tuple | list):
+        return zip(_PAIRS[name], cast(Sequence[Any], value), strict=True)
+    return [(name, value)]
+
+
+def _group_hyper(rule: Rule, group: Options) -> dict[str, float]:
+    return {
+        name: float(value)
+        for option in rule.dynamic
+        for name, value in _named(option, group[option])
+        if value is not None and not (option in rule.optional and float(value) == 0)
+    }
+
+
+def host_hyper(optimizer: TorchOptimizer) -> tuple[dict[str, float], ...]:
+    """The hyper-parameters of each param group of a torch optimizer, as floats.
+
+    Terms that are switched off by a zero (weight decay, momentum, dampening, lr decay)
+    are absent.
+
+    Args:
+        optimizer: Of a supported class of torch.optim.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> host_hyper(torch.optim.SGD([weight], lr=0.5, momentum=0.9))
+        ({'lr': 0.5, 'momentum': 0.9},)
+    """
+    rule = _rule(type(optimizer))
+    return tuple(_group_hyper(rule, group) for group in optimizer.param_groups)
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    # Filled on the device: copying one number there would wait for it.
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def hyper_from_torch(
+    optimizer: TorchOptimizer,
+    slots: Slots,
+    before: Sequence[dict[str, float]] | None = None,
+) -> Slots:
+    """Slots whose hyper-parameters are those of the torch optimizer's param groups now.
+
+    For learning-rate schedulers of torch, which write their rates there. The device is
+    not read.
+
+    Args:
+        optimizer: The instance that `from_torch` was given.
+        slots: The slots so far.
+        before: `host_hyper(optimizer)` when the slots were last brought up to date;
+            only values that differ from it become new tensors. Without it, all do.
+
+    Raises:
+        ValueError: If param groups came or went, or an option that shapes the graph
+            changed: weight decay from zero to something, for example.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> torch_sgd = torch.optim.SGD([weight], lr=0.5)
+        >>> slots = from_torch(torch_sgd).init({"weight": weight})
+        >>> before = host_hyper(torch_sgd)
+        >>> torch_sgd.param_groups[0]["lr"] = 0.25
+        >>> hyper_from_torch(torch_sgd, slots, before).groups[0].hyper["lr"].item()
+        0.25
+    """
+    rule = _rule(type(optimizer))
+    _same_number_of_groups(optimizer, len(slots.groups))
+    groups: list[Group] = []
+    for index, group in enumerate(slots.groups):
+        now = _group_hyper(rule, optimizer.param_groups[index])
+        for name in sorted(now.keys() ^ group.hyper.keys()):
+            # Decay by 0 is no decay; a momentum of 0 still would rewrite its buffer.
+            if name in now or name == "momentum":
+                raise ValueError(
+                    f"param group {index}: {name} changed between zero and "
+                    f"{now.get(name, 'a value')} after the optimizer was built, which "
+                    f"is another formula. Start from a tiny value instead of zero, or "
+                    f"build the optimizer anew"
+                )
+        changed = {
+            name: _scalar(now.get(name, 0.0), old)
+            for name, old in group.hyper.items()
+            if before is None or before[index].get(name, 0.0) != now.get(name, 0.0)
+        }
+        groups.append(group._replace(hyper={**group.hyper, **changed}))
+    return Slots(tuple(groups))
+
+
+def _same_number_of_groups(optimizer: TorchOptimizer, number: int) -> None:
+    if len(optimizer.param_groups) != number:
+        raise ValueError(
+            f"{type(optimizer).__name__} has {len(optimizer.param_groups)} param "
+            f"groups, and {number} were expected: add param groups before the "
+            f"optimizer is passed to lossloop"
+        )
+
+
+def _check_options(optimizer: TorchOptimizer, rule: Rule) -> None:
+    known = {*rule.dynamic, *rule.static, *_EXECUTION}
+    for name, value in optimizer.defaults.items():
+        if name not in known and value:
+            raise ValueError(
+                f"{type(optimizer).__name__}({name}={value!r}): lossloop does not know "
+                f"the option {name}. Leave it at its default"
+            )
+
+
+def _check_real(name: str, param: Tensor) -> None:
+    if param.is_complex():
+        raise TypeError(
+            f"parameter {name!r} is complex ({param.dtype}): complex parameters are "
+            f"not supported; keep their real view (torch.view_as_real) as the parameter"
+        )
+
+
+def _saved_count(
+    rule: Rule, index: int, options: Options, states: dict[str, Options]
+) -> float:
+    """The number of steps that the parameters of a group have made."""
+    if rule.counts:
+        counts = {name: float(state.get("step", 0)) for name, state in states.items()}
+    else:
+        # torch does not count; what matters is whether the first step is over.
+        counts = {
+            name: float(state.get("momentum_buffer") is not None)
+            for name, state in states.items()
+        }
+        if "dampening" not in _group_hyper(rule, options):
+            # The first step is like the others: from a buffer of zeros.
+            return max(counts.values(), default=0.0)
+    if len(set(counts.values())) > 1:
+        least = min(counts, key=counts.__getitem__)
+        most = max(counts, key=counts.__getitem__)
+        raise ValueError(
+            f"param group {index}: its parameters have made different numbers of steps "
+            f"({least!r} {counts[least]:g}, {most!r} {counts[most]:g}), and a group "
+            f"has one count. Put them into param groups of their own"
+        )
+    return next(iter(counts.values()), 0.0)
+
+
+def _start_group(
+    rule: Rule,
+    index: int,
+    options: Options,
+    members: Params,
+    states: dict[str, Options],
+) -> Group:
+    device = next((param.device for param in members.values()), torch.device("cpu"))
+    like = torch.empty((), dtype=accumulator_dtype(device), device=device)
+    count = _scalar(_saved_count(rule, index, options, states), like)
+    hyper = {
+        name: _scalar(value, like)
+        for name, value in _group_hyper(rule, options).items()
+    }
+    static = _static(rule, options)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, param in members.items():
+        _check_real(name, param)
+        fresh = rule.moments(param.detach(), hyper, static)
+        saved = states.get(name, {})
+        for moment, value in fresh.items():
+            if saved.get(moment) is not None:
+                # Numbers that torch keeps in float32 go on in the wider dtype.
+                dtype = value.dtype if moment in NUMBERS else saved[moment].dtype
+                kept = saved[moment].detach()
+                fresh[moment] = kept.to(value.device, dtype, copy=True)
+            elif "step" in saved and float(saved["step"]):
+                raise ValueError(
+                    f"the optimizer's state of parameter {name!r} has no {moment}: an "
+                    f"option was changed after its first step. Build it anew"
+                )
+        moments[name] = fresh
+    return Group(count, hyper, moments)
+
+
+def _update(
+    rule: Rule, statics: Sequence[Options], grads: Params, slots: Slots, params: Params
+) -> tuple[Params, Slots]:
+    updates: Params = {}
+    groups: list[Group] = []
+    for static, group in zip(statics, slots.groups, strict=True):
+        count = group.count + 1
+        scalars = rule.scalars(count, group.hyper)
+        decay = group.hyper.get("weight_decay")
+        shrink = None
+        if decay is not None and static["decoupled_weight_decay"]:
+            shrink, decay = group.hyper["lr"] * decay, None
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, old in group.moments.items():
+            param, grad = _wide(params[name]), _wide(grads[name])
+            if static["maximize"]:
+                grad = -grad
+            if decay is not None:
+                grad = grad + decay * param
+            update, new = rule.update(
+                param,
+                grad,
+                {key: _wide(value) for key, value in old.items()},
+                scalars,
+                {**static, "dtype": params[name].dtype},
+            )
+            if shrink is not None:
+                update = update - shrink * param
+            updates[name] = update.to(params[name].dtype)
+            moments[name] = {key: new[key].to(old[key].dtype) for key in old}
+        groups.append(Group(count, group.hyper, moments))
+    return updates, Slots(tuple(groups))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # Half precision is computed in float32 and rounded once, like a fused optimizer.
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.float() if half else tensor
+
+
+def from_torch(optimizer: TorchLike, **hyperparameters: Any) -> Optimizer:
+    """A torch optimizer as a pair of pure functions with the same results.
+
+    A class, or a `functools.partial` of one, makes one group of all the parameters that
+    `init` is given. An instance keeps its param groups, and the state and step counts
+    that it has; `init` must then be given the very parameters that the instance was
+    built over, and trains those that it has. The instance itself is never changed:
+    `load_opt_state` writes back.
+
+    `foreach`, `fused`, `capturable` and `differentiable` say how torch executes the
+    formulas; they are accepted and ignored. float16 and bfloat16 parameters are
+    computed in float32 and rounded once, as torch's fused optimizers do.
+
+    Args:
+        optimizer: Instance, class or partial of one of torch.optim's SGD, Adam, AdamW,
+            RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Adafactor,
+            Muon.
+        **hyperparameters: For a class or a partial: its keyword arguments, with torch's
+            defaults and checks.
+
+    Returns:
+        An `Optimizer` whose slots are `Slots`, moments under torch's own names.
+
+    Raises:
+        TypeError: For other optimizers, for subclasses with a `step` of their own, for
+            hyper-parameters next to an instance; from `init`, for complex parameters.
+        ValueError: For values that torch refuses and options that are not known; from
+            `init`, for an instance over parameters that are not the model's, or with
+            different step counts within a group.
+
+    Example:
+        >>> optimizer = from_torch(torch.optim.SGD, lr=0.5)
+        >>> params = {"weight": torch.tensor([1.0, 2.0])}
+        >>> slots = optimizer.init(params)
+        >>> grads = {"weight": torch.tensor([0.5, -1.0])}
+        >>> updates, slots = optimizer.update(grads, slots, params)
+        >>> updates["weight"]
+        tensor([-0.2500,  0.5000])
+    """
+    if isinstance(optimizer, TorchOptimizer):
+        if hyperparameters:
+            raise TypeError(
+                f"from_torch was given an instance of {type(optimizer).__name__} and "
+                f"{', '.join(hyperparameters)}: the hyper-parameters of an instance "
+                f"are in its param groups. Set them there, or pass the class"
+            )
+        return _from_instance(optimizer)
+    make, kind = optimizer, optimizer
+    if isinstance(optimizer, functools.partial):
+        kind = optimizer.func
+        if optimizer.args:
+            raise TypeError(
+                "a partial of a torch optimizer may fix keyword arguments only: the "
+                "first positional argument is the parameters, which `init` is given"
+            )
+    if not (isinstance(kind, type) and issubclass(kind, TorchOptimizer)):
+        raise TypeError(
+            f"from_torch takes an instance, a class or a partial of a class of "
+            f"torch.optim, not {optimizer!r}"
+        )
+    rule = _rule(kind)
+    # Built over a dummy (a matrix, for Muon), so that torch's own checks speak.
+    dummy = torch.zeros(1, 1, requires_grad=True)
+    built = cast(Callable[..., TorchOptimizer], make)([dummy], **hyperparameters)
+    _check_options(built, rule)
+    options = built.param_groups[0]
+
+    def init(params: Params) -> Slots:
+        return Slots((_start_group(rule, 0, options, params, {}),))
+
+    return Optimizer(init, functools.partial(_update, rule, [_static(rule, options)]))
+
+
+def _from_instance(optimizer: TorchOptimizer) -> Optimizer:
+    rule = _rule(type(optimizer))
+    _check_options(optimizer, rule)
+    statics = _statics(optimizer)
+
+    def init(params: Params) -> Slots:
+        _same_number_of_groups(optimizer, len(statics))
+        if _statics(optimizer) != statics:
+            raise ValueError(
+                f"options of {type(optimizer).__name__} that shape its formula were "
+                f"changed after it was passed to lossloop: pass it again"
+            )
+        names = {id(param): name for name, param in params.items()}
+        groups: list[Group] = []
+        for index, options in enumerate(optimizer.param_groups):
+            members: Params = {}
+            for position, param in enumerate(cast(list[Tensor], options["params"])):
+                if not param.requires_grad:
+                    continue
+                if id(param) not in names:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} was built over parameters that "
+                        f"are not the model's: param group {index}, position "
+                        f"{position}, shape {tuple(param.shape)}. Build it over the "
+                        f"parameters of the model that you pass"
+                    )
+                members[names[id(param)]] = param
+            # Not indexed: the state is a defaultdict, and this would write to it.
+            states = {
+                name: cast(Options, optimizer.state.get(param, {}))
+                for name, param in members.items()
+            }
+            groups.append(_start_group(rule, index, options, members, states))
+        return Slots(tuple(groups))
+
+    return Optimizer(init, functools.partial(_update, rule, statics))
+
+
+def _takes(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C, without a signature
+        return set()
+
+
+def _has_init_and_update(value: object) -> TypeGuard[Any]:
+    names = ("init", "update")
+    return all(callable(getattr(value, name, None)) for name in names)
+
+
+def as_optimizer(value: object) -> Optimizer:
+    """Whatever can serve as an optimizer, as an `Optimizer`.
+
+    Args:
+        value: An `Optimizer`; an instance, class or partial of a class of torch.optim
+            (see `from_torch`); or an object with `init(params)` and
+            `update(grads, state, params)`, like those of TorchOpt (params by keyword,
+            and `inplace=False`, where `update` has them).
+
+    Raises:
+        TypeError: For anything else.
+
+    Example:
+        >>> optimizer = as_optimizer(torch.optim.SGD)
+        >>> as_optimizer(optimizer) is optimizer
+        True
+    """
+    if isinstance(value, Optimizer):
+        return value
+    made: object = getattr(value, "func", value)  # of a partial
+    kind = made if isinstance(made, type) else type(made)
+    if issubclass(kind, TorchOptimizer):
+        return from_torch(cast(TorchLike, value))
+    if isinstance(value, type) or not _has_init_and_update(value):
+        raise TypeError(
+            f"{value!r} is not an optimizer: pass one of torch.optim (an instance, a "
+            f"class or a partial of a class), one of lossloop.optim, or an object with "
+            f"`init(params)` and `update(grads, state, params)`"
+        )
+    init, foreign_update = value.init, value.update
+    takes = _takes(foreign_update)
+    fixed = {"inplace": False} if "inplace" in takes else {}
+
+    def update(grads: Params, slots: Any, params: Params) -> tuple[Params, Any]:
+        if "params" in takes:
+            return foreign_update(grads, slots, params=params, **fixed)
+        return foreign_update(grads, slots, params, **fixed)
+
+    return Optimizer(init, update)
+
+
+def load_opt_state(
+    optimizer: TorchOptimizer, model: nn.Module, opt_state: OptState
+) -> None:
+    """Writes an optimizer state back into a torch optimizer, to go on without lossloop.
+
+    Moments, step counts and hyper-parameters (the rates at this moment) are copied, in
+    torch's own format. The parameters themselves are written by `load_params`.
+
+    Args:
+        optimizer: Over the parameters of `model`, with as many param groups as the
+            state has; of the class that the state was made with.
+        model: The model; its parameter names are those of the state.
+        opt_state: What a step returned.
+
+    Raises:
+        TypeError: If the state is not of one of lossloop's own formulas.
+        ValueError: If param groups, parameters or moments do not match.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> torch_sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> slots = from_torch(torch.optim.SGD, lr=0.25).init(
+        ...     dict(model.named_parameters())
+        ... )
+        >>> zero = torch.tensor(0)
+        >>> load_opt_state(torch_sgd, model, OptState(slots, zero, zero))
+        >>> torch_sgd.param_groups[0]["lr"]
+        0.25
+    """
+    if not isinstance(opt_state.slots, Slots):
+        raise TypeError(
+            f"the state is of type {type(opt_state.slots).__name__}, not lossloop's "
+            f"Slots: only states of from_torch and lossloop.optim can be written back"
+        )
+    rule = _rule(type(optimizer))
+    _same_number_of_groups(optimizer, len(opt_state.slots.groups))
+    params = dict(model.named_parameters(remove_duplicate=False))
+    for index, group in enumerate(opt_state.slots.groups):
+        options: Options = optimizer.param_groups[index]
+        static = _static(rule, options)
+        members = {id(param) for param in cast(list[Tensor], options["params"])}
+        # Everything is looked at before anything is written.
+        for name, moments in group.moments.items():
+            if name not in params or id(params[name]) not in members:
+                raise ValueError(
+                    f"the state has {name!r} in param group {index}, where "
+                    f"{type(optimizer).__name__} has no such parameter of the model"
+                )
+            expected = rule.moments(params[name].detach(), group.hyper, static)
+            if moments.keys() != expected.keys():
+                raise ValueError(
+                    f"the state of {name!r} has the moments {sorted(moments)}, and "
+                    f"{type(optimizer).__name__} with these options has "
+                    f"{sorted(expected)}: build it with the options of the run"
+                )
+    for options, group in zip(
+        optimizer.param_groups, opt_state.slots.groups, strict=True
+    ):
+        _write_hyper(rule, options, group.hyper)
+        for name, moments in group.moments.items():
+            optimizer.state.pop(params[name], None)
+            if group.count.item():
+                saved = _torch_state(rule, options, params[name], group.count, moments)
+                if saved:
+                    optimizer.state[params[name]] = saved
+
+
+def _write_hyper(rule: Rule, options: Options, hyper: dict[str, Tensor]) -> None:
+    def written(name: str, old: Any) -> Any:
+        if name not in hyper:  # switched off, or left to torch (eps1)
+            return old if old is None else 0.0
+        value = hyper[name]
+        if isinstance(old, Tensor):  # the user's own, perhaps shared with a schedule
+            with torch.no_grad():
+                return old.copy_(value)
+        # Where the device has no float64, an unchanged value must not lose digits.
+        unchanged = torch.full_like(value, old) == value
+        return old if unchanged else value.item()
+
+    for option in rule.dynamic:
+        old = options[option]
+        values = [written(name, value) for name, value in _named(option, old)]
+        options[option] = tuple(values) if isinstance(old, tuple | list) else values[0]
+
+
+def _torch_state(
+    rule: Rule, options: Options, param: Tensor, count: Tensor, moments: Params
+) -> Options:
+    """The state of one parameter as its torch optimizer keeps it."""
+    wide = torch.get_default_dtype() == torch.float64 and not options.get("fused")
+    dtype = torch.float64 if wide else torch.float32
+    on_device = options.get("capturable") or options.get("fused") or "eta" in moments
+    device = param.device if on_device else torch.device("cpu")
+    state: Options = {
+        name: value.detach().to(device, dtype, copy=True)
+        if name in NUMBERS
+        else value.detach().clone()
+        for name, value in moments.items()
+    }
+    return (
+        {"step": count.to(device, dtype, copy=True), **state} if rule.counts else state
+    )

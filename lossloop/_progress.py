@@ -1,0 +1,71 @@
+"""The progress bar and the line per epoch."""
+
+from time import monotonic
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lossloop._history import Row
+from lossloop._mean import Mean
+
+SECONDS_BETWEEN_READS = 1.0
+
+
+class Progress:
+    """A bar over the steps of each epoch, and a line when it is done.
+
+    The mean on the bar is the exact running mean of the epoch, read from the device
+    once a second at most; when silent, nothing is read.
+    """
+
+    def __init__(self, *, shown: bool, epochs: int, batches: int | None) -> None:
+        self._shown = shown
+        self._epochs = epochs
+        self._batches = batches
+        self._bar: Any = None
+        self._next_read = 0.0
+
+    def begin(self, epoch: int) -> None:
+        """Starts the bar of an epoch."""
+        if self._shown:
+            self._bar = tqdm(
+                total=self._batches,
+                desc=f"Epoch {epoch}/{self._epochs}",
+                unit="batch",
+                leave=False,
+            )
+            self._next_read = monotonic() + SECONDS_BETWEEN_READS
+
+    def step(self, mean: Mean) -> None:
+        """Moves the bar by one batch."""
+        if self._bar is None:
+            return
+        self._bar.update()
+        if monotonic() >= self._next_read:
+            total, weight = mean.read()
+            if weight > 0:
+                self._bar.set_postfix_str(f"train_loss {total / weight:.4g}")
+            self._next_read = monotonic() + SECONDS_BETWEEN_READS
+
+    def end(self, row: Row) -> None:
+        """Ends the bar and prints the epoch's line."""
+        if self._bar is not None:
+            self.close()
+            tqdm.write(describe(row, self._epochs))
+
+    def close(self) -> None:
+        """Removes the bar, on every way out."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def describe(row: Row, epochs: int) -> str:
+    """The line of an epoch."""
+    parts = [f"Epoch {row['epoch']}/{epochs}", f"train_loss {row['train_loss']:.4f}"]
+    if row["val_loss"] is not None:
+        parts.append(f"val_loss {row['val_loss']:.4f}")
+    if row["lr"] is not None:
+        parts.append(f"lr {row['lr']:.3g}")
+    parts.append(f"{row['seconds']:.2f} s")
+    return "  ".join(parts)

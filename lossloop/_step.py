@@ -1,0 +1,248 @@
+"""The step: gradient and update of one batch as one pure function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from lossloop._model import device_of
+from lossloop._objective import FunctionObjective, Objective, as_objective
+from lossloop._optimizers import as_optimizer
+from lossloop._random import mix, seeded
+from lossloop._types import Batch, LossPair, OptState, Params, Slots
+
+Seeding = Callable[[], seeded]
+
+
+class Eager(NamedTuple):
+    """The tensor part of a step, run as it is."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, seeding: Seeding, *args: Any) -> Any:
+        """Calls the function with its random numbers seeded."""
+        with seeding():
+            return self.function(*args)
+
+
+class TrainStep(NamedTuple):
+    """A pure training step: `step(params, opt_state, batch)`.
+
+    Returns `(params, opt_state, loss_sum, n)`. The inputs are left bit for bit as they
+    were, and the same inputs give the same outputs bit for bit: random layers draw
+    from generators seeded with `(opt_state.seed, opt_state.step)`, and the caller's
+    generators are put back.
+    """
+
+    # Called as body(seeding, params, slots, batch). Seeding is not in the function,
+    # because generators are no tensors, and is a callable, because a compiled body
+    # knows whether it draws at all. `compile_step` changes the body.
+    body: Any
+
+    def __call__(
+        self, params: Params, opt_state: OptState, batch: Batch
+    ) -> tuple[Params, OptState, Tensor, Tensor]:
+        """Returns `(params, opt_state, loss_sum, n)`."""
+        slots, step, seed = opt_state
+
+        def seeding() -> seeded:
+            # Seed and step are on the CPU: reading them waits for no device.
+            return seeded(mix(int(seed), int(step)), device_of(params))
+
+        params, slots, loss_sum, n = self.body(seeding, params, slots, batch)
+        return params, OptState(slots, step + 1, seed), loss_sum, n
+
+
+class EvalStep(NamedTuple):
+    """A pure evaluation step: `eval_step(params, batch)` gives `(loss_sum, n)`.
+
+    The model is in eval mode. A model that draws random numbers even then draws the
+    same ones for every batch.
+    """
+
+    body: Callable[..., LossPair]
+
+    def __call__(self, params: Params, batch: Batch) -> LossPair:
+        """Returns `(loss_sum, n)`."""
+        with torch.no_grad():
+            return self.body(lambda: seeded(0, device_of(params)), params, batch)
+
+
+def init(
+    objective: Objective | Callable[[Params, Batch], LossPair],
+    optimizer: Any,
+    *,
+    seed: int = 0,
+    params: Params | None = None,
+) -> tuple[Params, OptState]:
+    """The state a run starts from.
+
+    Args:
+        objective: Of `supervised` or `objective`: its model's tensors are copied; a
+            function of the caller's own: pass `params` too.
+        optimizer: As for `make_step`. An instance of `torch.optim` is matched with the
+            model by identity, and the state it has is copied.
+        seed: Of the random numbers that layers like dropout draw.
+        params: Start from these instead of the model's own; they are copied.
+
+    Returns:
+        `(params, opt_state)`.
+
+    Raises:
+        ValueError: If nothing is trainable, or the optimizer holds parameters that are
+            not the model's.
+
+    Example:
+        >>> goal = supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
+        >>> params, opt_state = init(goal, torch.optim.SGD, seed=7)
+        >>> sorted(params), int(opt_state.step), int(opt_state.seed)
+        (['bias', 'weight'], 0, 7)
+    """
+    goal = as_objective(objective)
+    if isinstance(goal, Objective):
+        own = dict(goal.model.named_parameters())
+        own = {name: p for name, p in own.items() if name in goal.trainable}
+        start = goal.init()
+        if params is not None:
+            if params.keys() != start.keys():
+                raise ValueError(
+                    f"init(params=...) must have the names of the model's own params; "
+                    f"they differ in {sorted(params.keys() ^ start.keys())}."
+                )
+            start = {name: params[name].detach().clone() for name in start}
+    else:
+        if params is None:
+            raise ValueError(
+                "init: an objective that is a plain function has no model to take "
+                "params from; pass init(..., params={name: tensor})."
+            )
+        start = {name: t.detach().clone() for name, t in params.items()}
+        own = {name: t for name, t in start.items() if t.is_floating_point()}
+    if not own:
+        raise ValueError(
+            "init: nothing is trainable: no parameter of the model has "
+            "requires_grad=True. Unfreeze some with p.requires_grad_(True)."
+        )
+    slots = as_optimizer(optimizer).init(own)
+    if isinstance(slots, Slots) and not any(g.moments for g in slots.groups):
+        raise ValueError(
+            "init: nothing is trainable: every parameter of the optimizer has "
+            "requires_grad=False. Unfreeze some with p.requires_grad_(True)."
+        )
+    scalar = torch.tensor(seed, dtype=torch.int64)
+    return start, OptState(slots, torch.zeros_like(scalar), scalar)
+
+
+def make_step(
+    objective: Objective | Callable[[Params, Batch], LossPair],
+    optimizer: Any,
+    *,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+) -> TrainStep:
+    """Makes a pure training step, not compiled.
+
+    The gradient is that of the batch's mean, `loss_sum / n`. A batch of total weight 0
+    has no mean; its gradient is zero.
+
+    Args:
+        objective: Of `supervised` or `objective`, or any pure function
+            `(params, batch) -> (loss_sum, n)`.
+        optimizer: Of `lossloop.optim` or `from_torch`; a class, partial or instance of
+            `torch.optim`; or an object with optax's two functions.
+        clip_grad_norm: Scale the gradient down to this total 2-norm if it is larger,
+            as `torch.nn.utils.clip_grad_norm_` does.
+        clip_grad_value: Clamp every element of the gradient to plus or minus this,
+            before the norm is taken.
+
+    Returns:
+        `step(params, opt_state, batch) -> (params, opt_state, loss_sum, n)`.
+
+    Raises:
+        ValueError: If a bound is not positive.
+        TypeError: If the optimizer is not supported.
+
+    Example:
+        >>> goal = supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
+        >>> params, opt_state = init(goal, torch.optim.Adam)
+        >>> step = make_step(goal, torch.optim.Adam)
+        >>> batch = (torch.ones(4, 2), torch.zeros(4, 1))
+        >>> params, opt_state, loss_sum, n = step(params, opt_state, batch)
+        >>> int(opt_state.step), int(n)
+        (1, 4)
+    """
+    goal = as_objective(objective)
+    update = as_optimizer(optimizer).update
+    bounds = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value}
+    for name, bound in bounds.items():
+        if bound is not None and not bound > 0:  # `not >` so that nan is refused too
+            raise ValueError(f"make_step({name}=...) must be > 0, got {bound!r}.")
+
+    def batch_mean(
+        trained: Params, params: Params, batch: Batch
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Params]]:
+        loss_sum, n, buffers = goal.train({**params, **trained}, batch)
+        # Of an empty batch the gradient is zero, not nan.
+        return loss_sum / torch.where(n == 0, 1, n), (loss_sum, n, buffers)
+
+    gradient = grad_and_value(batch_mean, has_aux=True)
+
+    def body(
+        params: Params, slots: Any, batch: Batch
+    ) -> tuple[Params, Any, Tensor, Tensor]:
+        trained = {name: params[name] for name in _trained(goal, params, slots)}
+        grads, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch)
+        if clip_grad_value is not None:
+            bound = clip_grad_value
+            grads = {name: g.clamp(-bound, bound) for name, g in grads.items()}
+        if clip_grad_norm is not None:
+            grads = _scale_to_norm(grads, clip_grad_norm)
+        updates, slots = update(grads, slots, trained)
+        moved = {name: trained[name] + updates[name] for name in trained}
+        return {**params, **buffers, **moved}, slots, loss_sum, n
+
+    return TrainStep(Eager(body))
+
+
+def make_eval_step(
+    objective: Objective | Callable[[Params, Batch], LossPair],
+) -> EvalStep:
+    """Makes a pure evaluation step, not compiled: eval mode, no gradient.
+
+    Args:
+        objective: As for `make_step`.
+
+    Returns:
+        `eval_step(params, batch) -> (loss_sum, n)`.
+
+    Example:
+        >>> goal = supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
+        >>> eval_step = make_eval_step(goal)
+        >>> loss_sum, n = eval_step(goal.init(), (torch.ones(4, 2), torch.zeros(4, 1)))
+        >>> int(n)
+        4
+    """
+    return EvalStep(Eager(as_objective(objective).evaluate))
+
+
+def _trained(
+    goal: Objective | FunctionObjective, params: Params, slots: Any
+) -> list[str]:
+    """Names to differentiate by: those that the optimizer keeps, in params' order."""
+    if isinstance(slots, Slots):
+        names = {name for group in slots.groups for name in group.moments}
+    elif isinstance(goal, Objective):
+        names = goal.trainable
+    else:
+        names = {name for name, t in params.items() if t.is_floating_point()}
+    return [name for name in params if name in names]
+
+
+def _scale_to_norm(grads: Params, bound: float) -> Params:
+    """`torch.nn.utils.clip_grad_norm_`, pure."""
+    norms = [torch.linalg.vector_norm(g) for g in grads.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    scale = (bound / (norm + 1e-6)).clamp(max=1.0)
+    return {name: g * scale.to(g.dtype) for name, g in grads.items()}
