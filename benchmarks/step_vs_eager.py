@@ -27,7 +27,11 @@ def mlp() -> nn.Module:
     """The model, the same weights each time."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        nn.Linear(64, 128),
+        nn.ReLU(),
+        nn.Linear(128, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
     )
 
 

@@ -13,7 +13,7 @@ from lossloop._model import load_params
 from lossloop._objective import Objective, objective, supervised
 from lossloop._optimizers import from_torch, load_opt_state
 from lossloop._step import init, make_eval_step, make_step
-from lossloop._types import OptState, Optimizer
+from lossloop._types import Optimizer, OptState
 
 __version__ = version("lossloop")
 

@@ -1,7 +1,7 @@
 """What comes out of a loader, and how it reaches the step."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,7 +78,7 @@ def length(loader: Iterable[Batch]) -> int | None:
 
 
 @contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
+def _generators_kept(loader: Any) -> Generator[None]:
     """Puts every generator that reading a batch may move back to where it was."""
     candidates = [
         getattr(loader, "generator", None),
@@ -86,7 +86,11 @@ def _generators_kept(loader: Any) -> Iterator[None]:
     ]
     own = {id(g): g for g in candidates if isinstance(g, torch.Generator)}
     states = [(g, g.get_state()) for g in own.values()]
-    default, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    default, python, numpy = (
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state(),
+    )
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lossloop._random import seeded
-from lossloop._step import Eager, EvalStep, Seeding, TrainStep
+from lossloop._step import EvalStep, Seeding, TrainStep
 from lossloop._types import Batch
 
 CANNOT_COMPILE = """\
@@ -24,10 +24,10 @@ torch._dynamo.config.allow_rnn = True to have it unroll them (slow to compile), 
 train eagerly.
 """
 
-# Guards are checked before every call, at up to a third of a small step's time. Those on
-# tensors, on the form of the arguments and on values that the caller's own functions
-# refer to stay. Dropped are those that functions, classes and modules are still the same
-# objects, and all on torch's code, on ours, and on the skeletons that only we can reach.
+# Guards are checked before every call, at up to a third of a small step's time. Those
+# on tensors, on the form of the arguments and on values that the caller's functions
+# refer to stay. Dropped are those that functions, classes and modules are still the
+# same objects, and all on torch's code, on ours, and on skeletons only we can reach.
 _IDENTITIES = frozenset(
     {
         "BUILTIN_MATCH",
@@ -130,9 +130,7 @@ class Compiled:
         # A donating function wrote into its arguments and returns only what is new.
         return (*args[:-1], *result) if self._donate else result
 
-    def _first_call(
-        self, shape: Hashable, args: tuple[Any, ...], scope: seeded
-    ) -> Any:
+    def _first_call(self, shape: Hashable, args: tuple[Any, ...], scope: seeded) -> Any:
         compiled = torch.compile(
             _own_code(self._written),
             fullgraph=True,

@@ -152,15 +152,14 @@ def fit(
         if compile is True:
             raise ValueError(f"fit(compile=True): {RNN_HINT}")
         compile = False
-    plan = CompilePlan(compile, step.body.function, epochs=epochs, batches=length(train))
-    val_batches = None if val is None else length(val)
-    val_plan = CompilePlan(
-        compile, eval_step.body.function, epochs=epochs, batches=val_batches
-    )
+    train_body, eval_body = step.body.function, eval_step.body.function
+    batches = None if val is None else length(val)
+    plan = CompilePlan(compile, train_body, epochs=epochs, batches=length(train))
+    val_plan = CompilePlan(compile, eval_body, epochs=epochs, batches=batches)
     if compile is not False:
-        # The tensors of params and opt_state are our own, so the step may write to them.
-        step = TrainStep(Compiled(step.body.function, donate=True, worth=plan.worth))
-        eval_step = EvalStep(Compiled(eval_step.body.function, worth=val_plan.worth))
+        # The tensors of params and opt_state are our own: the step may write to them.
+        step = TrainStep(Compiled(train_body, donate=True, worth=plan.worth))
+        eval_step = EvalStep(Compiled(eval_body, worth=val_plan.worth))
 
     if val is not None and (batch := peek("val_loader", val)) is not None:
         where = "val_loader, batch 1"

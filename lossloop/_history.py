@@ -32,7 +32,9 @@ class History(Sequence[Row]):
     def __getitem__(self, key: int) -> Row: ...
     @overload
     def __getitem__(self, key: slice) -> "History": ...
-    def __getitem__(self, key: str | int | slice) -> "list[Any] | Row | History":
+    def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key: str | int | slice
+    ) -> "list[Any] | Row | History":
         """A column by name, an epoch's row by index, or a part of the history."""
         if isinstance(key, str):
             if key not in self.columns:

@@ -12,6 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss as TorchLoss  # pyright: ignore[reportPrivateUsage]
 
+from lossloop._ctc import traceable_ctc
+from lossloop._loss_checks import (
+    any_values,
+    class_shapes,
+    cosine_shapes,
+    ctc_labels,
+    ctc_shapes,
+    gaussian_shapes,
+    kl_targets,
+    label_sets,
+    labels,
+    loss_name,
+    same_shape,
+    same_shape_and_dtype,
+    same_shape_labels,
+    signs,
+    unit_both,
+    unit_targets,
+    variance_per_element,
+    variances,
+)
 from lossloop._random import seeded
 from lossloop._types import LossPair, accumulator_dtype
 
@@ -76,7 +97,7 @@ def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
         weigh = _count_rows
     elif module.reduction not in ("mean", "sum", "none"):
         raise ValueError(
-            f"{_name(module)}: reduction is {module.reduction!r}, which it does not "
+            f"{loss_name(module)}: reduction is {module.reduction!r}, which it cannot "
             "take. Leave it out: every reduction gives the same pair."
         )
     module.reduction = "none"
@@ -126,12 +147,12 @@ def batch_mean(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
         mean = loss_fn(output, target)
         if not isinstance(mean, Tensor):
             raise TypeError(
-                f"batch_mean: {_name(loss_fn)} returned {type(mean).__name__}. "
+                f"batch_mean: {loss_name(loss_fn)} returned {type(mean).__name__}. "
                 "Return the mean loss as a tensor of one element."
             )
         if mean.numel() != 1:
             raise ValueError(
-                f"batch_mean: {_name(loss_fn)} returned shape {tuple(mean.shape)}, not "
+                f"batch_mean: {loss_name(loss_fn)} gave shape {tuple(mean.shape)}, not "
                 "one mean. Losses per sample need no batch_mean: pass the function."
             )
         shapes = [tuple(tensor.shape) for tensor in _tensors(target)]
@@ -140,7 +161,7 @@ def batch_mean(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
             raise ValueError(
                 f"batch_mean: target has tensors of shapes {shapes}, which do not "
                 "share one leading dimension. Return (loss_sum, n) from "
-                f"{_name(loss_fn)} instead."
+                f"{loss_name(loss_fn)} instead."
             )
         return _sum(mean * shapes[0][0]), _whole(shapes[0][0], mean)
 
@@ -185,7 +206,7 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
             if not str(warning).startswith("Using a target size"):
                 raise
             raise ValueError(
-                f"{_name(loss_fn)}: output and target have different shapes and would "
+                f"{loss_name(loss_fn)}: output and target differ in shape and would "
                 "broadcast, so that samples are compared with each other. "
                 "Give both the same shape, with squeeze or unsqueeze."
             ) from None
@@ -225,18 +246,11 @@ def _gaussian_losses(module: nn.GaussianNLLLoss, args: Args) -> Tensor:
     # torch's own function asks on the host whether a variance is negative. Here such
     # a variance makes the loss NaN, and check_loss refuses it in the first batch.
     mean, target, var = args
-    var = _variance(mean, var)
+    var = variance_per_element(mean, var)
     bounded = var.clamp(min=module.eps).where(var >= 0, math.nan)
     var = var + (bounded - var).detach()  # eps bounds the value, not the gradient
     losses = 0.5 * (var.log() + (mean - target) ** 2 / var)
     return losses + 0.5 * math.log(2 * math.pi) if module.full else losses
-
-
-def _variance(mean: Tensor, var: Tensor | float) -> Tensor:
-    if not isinstance(var, Tensor):
-        return torch.full_like(mean, var)
-    one_per_row = var.shape != mean.shape and var.shape == mean.shape[:-1]
-    return var.unsqueeze(-1) if one_per_row else var
 
 
 def _label_set_losses(module: nn.MultiLabelMarginLoss, args: Args) -> Tensor:
@@ -257,72 +271,11 @@ def _label_set_losses(module: nn.MultiLabelMarginLoss, args: Args) -> Tensor:
 
 def _ctc_losses(module: nn.CTCLoss, args: Args) -> Tensor:
     if torch.compiler.is_compiling():
-        losses = _traceable_ctc(module, *args)
+        losses = traceable_ctc(module, *args)
     else:
         losses = _module_losses(module, args)
     lengths = torch.as_tensor(args[3], device=losses.device).reshape(losses.shape)
     return losses / lengths.clamp(min=1)
-
-
-def _traceable_ctc(
-    module: nn.CTCLoss,
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-) -> Tensor:
-    # torch cannot trace its own: the shape of what it saves depends on the lengths. The
-    # operator below hides that. It returns the gradient with the losses, which enters
-    # by a term of value 0, because neither the autograd of custom operators nor
-    # autograd.Function works inside a compiled torch.func.grad (torch 2.13).
-    lengths = (
-        torch.as_tensor(length).reshape(-1)
-        for length in (input_lengths, target_lengths)
-    )
-    fixed = log_probs.detach()
-    losses, grad = _ctc_loss_and_grad(
-        fixed, targets, *lengths, module.blank, module.zero_infinity
-    )
-    zero = (log_probs - fixed).where(fixed.isfinite(), 0)  # -inf - -inf would be NaN
-    return losses + (grad * zero).sum((0, -1))
-
-
-@torch.library.custom_op("lossloop::ctc_loss_and_grad", mutates_args=())
-def _ctc_loss_and_grad(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Tensor,
-    target_lengths: Tensor,
-    blank: int,
-    zero_infinity: bool,  # noqa: FBT001  (operators take no keyword-only tensors)
-) -> tuple[Tensor, Tensor]:
-    batched = log_probs if log_probs.dim() == 3 else log_probs.unsqueeze(1)
-    lengths = input_lengths, target_lengths
-    losses, alpha = torch.ops.aten._ctc_loss(
-        batched, targets, *lengths, blank, zero_infinity
-    )
-    grad = torch.ops.aten._ctc_loss_backward(
-        torch.ones_like(losses),
-        batched,
-        targets,
-        *lengths,
-        losses,
-        alpha,
-        blank,
-        zero_infinity,
-    )
-    if zero_infinity:
-        losses = losses.where(losses != math.inf, 0)
-    return losses.reshape(log_probs.shape[1:-1]), grad.reshape(log_probs.shape)
-
-
-def _ctc_results(log_probs: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return log_probs.new_empty(log_probs.shape[1:-1]), log_probs.new_empty(
-        log_probs.shape
-    )
-
-
-cast(Any, _ctc_loss_and_grad).register_fake(_ctc_results)
 
 
 def _count_losses(module: nn.Module, args: Args, losses: Tensor) -> Tensor:
@@ -352,7 +305,7 @@ def _arguments(module: nn.Module, rule: _Rule, output: Any, target: Any) -> Args
     args = (*_unpacked(output), *_unpacked(target))
     if len(args) != len(rule.names):
         raise TypeError(
-            f"{_name(module)}: takes {', '.join(rule.names)}, but got "
+            f"{loss_name(module)}: takes {', '.join(rule.names)}, but got "
             f"{len(args)} values from output ({type(output).__name__}) and target "
             f"({type(target).__name__}). Give it one value for each, or write a "
             "function (output, target) that picks them."
@@ -364,12 +317,12 @@ def _arguments(module: nn.Module, rule: _Rule, output: Any, target: Any) -> Args
     for name, value in zip(rule.names, args, strict=True):
         if not isinstance(value, Tensor) and name not in _MAY_BE_NUMBERS:
             raise TypeError(
-                f"{_name(module)}: {name} is {type(value).__name__}, not a tensor. "
+                f"{loss_name(module)}: {name} is {type(value).__name__}, not a tensor. "
                 "For other structures, write a function (output, target)."
             )
         if isinstance(value, Tensor) and value.is_complex():
             raise TypeError(
-                f"{_name(module)}: {name} is complex ({value.dtype}), but a loss is a "
+                f"{loss_name(module)}: {name} is complex ({value.dtype}); a loss is a "
                 "real number. Return its abs() or view_as_real()."
             )
     args = tuple(_widened(value) for value in args)
@@ -397,210 +350,6 @@ def _widened(value: Any) -> Any:
     return value
 
 
-# --- shapes and dtypes, known while tracing -------------------------------------------
-
-
-def _same_shape(module: nn.Module, output: Tensor, *others: Tensor) -> None:
-    for other in others:
-        if output.shape == other.shape:
-            continue
-        ours, theirs = tuple(output.shape), tuple(other.shape)
-        if ours[:-1] == theirs and ours[-1] == 1:
-            remedy = "Use output.squeeze(-1) or target.unsqueeze(-1)"
-            remedy += ", that is squeeze(1) or unsqueeze(1)." if len(ours) == 2 else "."
-        elif theirs[:-1] == ours and theirs[-1:] == (1,):
-            remedy = "Use target.squeeze(-1) or output.unsqueeze(-1)"
-            remedy += ", that is squeeze(1) or unsqueeze(1)." if len(ours) < 2 else "."
-        elif ours[:1] != theirs[:1]:
-            remedy = "The batch sizes differ: check what the loader and model return."
-        else:
-            remedy = "Give both the same shape, with expand if repeating is meant."
-        raise ValueError(
-            f"{_name(module)}: output has shape {ours} and target {theirs}, which must "
-            f"be equal, or elements would be compared across samples. {remedy}"
-        )
-
-
-def _same_shape_and_dtype(module: nn.Module, output: Tensor, target: Tensor) -> None:
-    _same_shape(module, output, target)
-    if output.dtype != target.dtype:
-        raise TypeError(
-            f"{_name(module)}: target is {target.dtype}, but output is {output.dtype}. "
-            "Use target.to(output.dtype)."
-        )
-
-
-def _same_shape_labels(module: nn.Module, output: Tensor, target: Tensor) -> None:
-    _same_shape(module, output, target)
-    _integer_labels(module, target)
-
-
-def _integer_labels(module: nn.Module, target: Tensor, also: str = "") -> None:
-    if target.dtype != torch.int64:
-        raise TypeError(
-            f"{_name(module)}: target is {target.dtype}, but class indices are int64. "
-            f"Use target.long(){also}."
-        )
-
-
-def _class_shapes(module: nn.Module, output: Tensor, target: Tensor) -> None:
-    name, ours, theirs = _name(module), tuple(output.shape), tuple(target.shape)
-    if not ours:
-        raise ValueError(
-            f"{name}: output has shape (), but needs a dimension of classes: (C,) for "
-            "one sample, (N, C) or (N, C, d1, ...) for a batch."
-        )
-    probabilities = isinstance(module, nn.CrossEntropyLoss)
-    if ours == theirs and target.is_floating_point() and probabilities:
-        return
-    labels = ours[:1] + ours[2:] if len(ours) > 1 else ()
-    if theirs == labels:
-        also = f", or give probabilities of shape {ours}" if probabilities else ""
-        _integer_labels(module, target, also)
-        return
-    if ours == theirs:
-        remedy = "Of one-hot targets, take target.argmax(1)"
-        remedy += ", or target.to(output.dtype)." if probabilities else "."
-    elif theirs == (*labels, 1):
-        remedy = "Use target.squeeze(-1)."
-    elif len(ours) > 2 and theirs == ours[:-1]:
-        remedy = "Classes belong in dimension 1: use output.movedim(-1, 1)."
-    elif len(ours) > 1 and ours[:1] != theirs[:1]:
-        remedy = "The batch sizes differ: check what the loader and model return."
-    else:
-        remedy = "Output is (C,), (N, C) or (N, C, d1, ...), classes in dimension 1."
-    raise ValueError(
-        f"{name}: output has shape {ours}, so class indices have shape {labels}, but "
-        f"target has {theirs}. {remedy}"
-    )
-
-
-def _cosine_shapes(module: nn.Module, x1: Tensor, x2: Tensor, target: Tensor) -> None:
-    if x1.shape != x2.shape or target.shape != x1.shape[:-1] or x1.dim() not in (1, 2):
-        raise ValueError(
-            f"{_name(module)}: output has shapes {tuple(x1.shape)} and "
-            f"{tuple(x2.shape)} and target {tuple(target.shape)}. "
-            "Give (N, D), (N, D) and (N,), or (D,), (D,) and ()."
-        )
-
-
-def _gaussian_shapes(
-    module: nn.Module, mean: Tensor, target: Tensor, var: Tensor | float
-) -> None:
-    # As torch documents: in target, dimensions of 1 may repeat; in var, a single one.
-    ours, theirs = tuple(mean.shape), tuple(target.shape)
-    if len(ours) != len(theirs) or any(
-        b not in (a, 1) for a, b in zip(ours, theirs, strict=True)
-    ):
-        _same_shape(module, mean, target)
-    shape = tuple(_variance(mean, var).shape)
-    if len(shape) != len(ours) or [
-        b for a, b in zip(ours, shape, strict=True) if a != b
-    ] not in ([], [1]):
-        raise ValueError(
-            f"{_name(module)}: var has shape {shape}, but the mean has {ours}. "
-            "Give var that shape, with one dimension left out at the end or of size 1."
-        )
-
-
-def _ctc_shapes(module: nn.Module, log_probs: Tensor, *others: Any) -> None:
-    if log_probs.dim() not in (2, 3):
-        raise ValueError(
-            f"{_name(module)}: log_probs has shape {tuple(log_probs.shape)}. Give (T, "
-            "N, C), time before batch, or (T, C) for one sample."
-        )
-    batch = tuple(log_probs.shape[1:-1])
-    for name, lengths in zip(
-        ("input_lengths", "target_lengths"), others[1:], strict=True
-    ):
-        shape = tuple(torch.as_tensor(lengths).shape)
-        if shape != batch and not (batch == () and shape == (1,)):
-            raise ValueError(
-                f"{_name(module)}: {name} has shape {shape}, but log_probs has shape "
-                f"{tuple(log_probs.shape)}, time before batch: give shape {batch}."
-            )
-
-
-# --- values, read on the host ---------------------------------------------------------
-
-
-def _any_values(module: nn.Module, *args: Any) -> None:
-    pass
-
-
-def _refuse(module: nn.Module, name: str, value: Tensor, bad: Tensor, why: str) -> None:
-    """Raises for the first element that is `bad`, naming it and its place."""
-    if not bool(bad.any()):
-        return
-    place = [int(index) for index in bad.nonzero()[0]]
-    number = value[tuple(place)]
-    shown = float(number) if number.is_floating_point() else int(number)
-    raise ValueError(f"{_name(module)}: {name}{place or ''} is {shown}, {why}")
-
-
-def _labels(module: nn.Module, output: Tensor, target: Tensor) -> None:
-    if target.is_floating_point():
-        why = "but a probability is not negative. For scores, use target.softmax(1)."
-        _refuse(module, "target", target, target < 0, why)
-        return
-    classes = output.shape[1] if output.dim() > 1 else output.shape[0]
-    bad = (target < 0) | (target >= classes)
-    remedy = "Number the classes from 0, or widen the model's last layer."
-    if hasattr(module, "ignore_index"):
-        bad &= target != module.ignore_index
-        remedy += f" Only ignore_index, {module.ignore_index}, may lie outside."
-    why = f"but output has {classes} classes, so labels lie in [0, {classes}). {remedy}"
-    _refuse(module, "target", target, bad, why)
-
-
-def _label_sets(module: nn.Module, output: Tensor, target: Tensor) -> None:
-    classes = output.shape[-1]
-    why = f"but labels lie in [0, {classes}), and -1 ends the list of a sample."
-    _refuse(module, "target", target, (target < -1) | (target >= classes), why)
-
-
-def _signs(module: nn.Module, *args: Tensor) -> None:
-    why = "but targets are -1 or 1. Of 0 and 1, take 2 * target - 1."
-    _refuse(module, "target", args[-1], args[-1].abs() != 1, why)
-
-
-def _unit_targets(module: nn.Module, output: Tensor, target: Tensor) -> None:
-    why = "but targets are probabilities in [0, 1]. Scale them, or use MSELoss."
-    _refuse(module, "target", target, (target < 0) | (target > 1), why)
-
-
-def _unit_both(module: nn.Module, output: Tensor, target: Tensor) -> None:
-    why = "but outputs are probabilities in [0, 1]. For logits: BCEWithLogitsLoss."
-    _refuse(module, "output", output, (output < 0) | (output > 1), why)
-    _unit_targets(module, output, target)
-
-
-def _kl_targets(module: nn.KLDivLoss, output: Tensor, target: Tensor) -> None:
-    if not module.log_target:
-        why = "but a probability is not negative. For logarithms: log_target=True."
-        _refuse(module, "target", target, target < 0, why)
-
-
-def _variances(
-    module: nn.Module, mean: Tensor, target: Tensor, var: Tensor | float
-) -> None:
-    value = torch.as_tensor(var)
-    why = "but a variance is not negative. Use softplus or exp in the model."
-    _refuse(module, "var", value, value < 0, why)
-
-
-def _ctc_labels(
-    module: nn.CTCLoss, log_probs: Tensor, targets: Tensor, *lengths: Any
-) -> None:
-    classes, used = log_probs.shape[-1], torch.ones_like(targets, dtype=torch.bool)
-    if targets.dim() == 2:  # what lies past the length of a sample is padding
-        ends = torch.as_tensor(lengths[1], device=targets.device).reshape(-1, 1)
-        used = torch.arange(targets.shape[1], device=targets.device) < ends
-    bad = (targets < 0) | (targets >= classes) | (targets == module.blank)
-    why = f"but labels lie in [0, {classes}) and are not blank, {module.blank}."
-    _refuse(module, "targets", targets, bad & used, why)
-
-
 # --- users' functions -----------------------------------------------------------------
 
 
@@ -611,13 +360,13 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
         return _pair(loss_fn, *cast(tuple[Any, Any], result))
     if not isinstance(result, Tensor):
         raise TypeError(
-            f"{_name(loss_fn)}: returned {kind}. Return a tensor with "
+            f"{loss_name(loss_fn)}: returned {kind}. Return a tensor with "
             "one loss per sample, or the tuple (loss_sum, n)."
         )
     if result.dim() == 0:
         raise ValueError(
-            f"{_name(loss_fn)}: returned a scalar. If it is a mean, its weight cannot "
-            "be known, and means of batches do not add up to the mean of all. "
+            f"{loss_name(loss_fn)}: returned a scalar. If it is a mean, its weight can "
+            "not be known, and means of batches do not add up to the mean of all. "
             f"{_remedy_for_scalar(loss_fn)}"
         )
     _check_real(loss_fn, result)
@@ -625,7 +374,7 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
         shapes = output.shape, target.shape
         if result.shape not in shapes and result.shape == _broadcast(*shapes):
             raise ValueError(
-                f"{_name(loss_fn)}: output has shape {tuple(output.shape)} and target "
+                f"{loss_name(loss_fn)}: output has shape {tuple(output.shape)}, target "
                 f"{tuple(target.shape)}, and the losses {tuple(result.shape)}: they "
                 "were broadcast, so that samples are compared with each other. Give "
                 "both the same shape, with squeeze(1) or unsqueeze(1). If all pairs "
@@ -637,7 +386,7 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
 def _pair(loss_fn: Callable[..., Any], loss_sum: Any, n: Any) -> LossPair:
     if not isinstance(loss_sum, Tensor) or not isinstance(n, (Tensor, int, float)):
         raise TypeError(
-            f"{_name(loss_fn)}: returned ({type(loss_sum).__name__}, "
+            f"{loss_name(loss_fn)}: returned ({type(loss_sum).__name__}, "
             f"{type(n).__name__}). Return (loss_sum, n): a tensor, and a tensor or "
             "a number."
         )
@@ -648,7 +397,7 @@ def _pair(loss_fn: Callable[..., Any], loss_sum: Any, n: Any) -> LossPair:
         n = torch.full((), n, dtype=dtype, device=loss_sum.device)
     if loss_sum.numel() != 1 or n.numel() != 1:
         raise ValueError(
-            f"{_name(loss_fn)}: returned (loss_sum, n) of shapes "
+            f"{loss_name(loss_fn)}: returned (loss_sum, n) of shapes "
             f"{tuple(loss_sum.shape)} and {tuple(n.shape)}, but each is one number. "
             "Add the losses up, and the weights: (losses * w).sum(), w.sum()."
         )
@@ -670,7 +419,7 @@ def _broadcast(*shapes: torch.Size) -> torch.Size | None:
 def _check_real(loss_fn: Callable[..., Any], value: Tensor) -> None:
     if value.is_complex():
         raise TypeError(
-            f"{_name(loss_fn)}: returned a complex tensor ({value.dtype}), but a loss "
+            f"{loss_name(loss_fn)}: returned a complex tensor ({value.dtype}); a loss "
             "is a real number. Return its abs() or real part."
         )
 
@@ -707,7 +456,7 @@ def _check_loss_fn(loss_fn: Any) -> None:
         weight.requires_grad for weight in loss_fn.parameters()
     ):
         raise TypeError(
-            f"loss_fn is {_name(loss_fn)}, which has parameters of its own that "
+            f"loss_fn is {loss_name(loss_fn)}, which has parameters of its own that "
             "nobody would train. Make it part of the model, with reduction='none', and "
             "write lossloop.objective(model, f), where f(model, batch) returns "
             "(loss_sum, n); or freeze it: loss_fn.requires_grad_(False)."
@@ -734,12 +483,6 @@ def _private_copy(loss_fn: Any) -> TorchLoss:
     return module
 
 
-def _name(loss_fn: Any) -> str:
-    if isinstance(loss_fn, functools.partial):
-        return _name(cast(Any, loss_fn.func))
-    return getattr(loss_fn, "__name__", type(loss_fn).__name__)
-
-
 def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
@@ -754,20 +497,20 @@ _PAIR = ("output", "target")
 
 
 def _elementwise(
-    check_values: Callable[..., None] = _any_values,
-    check_shapes: Callable[..., None] = _same_shape,
+    check_values: Callable[..., None] = any_values,
+    check_shapes: Callable[..., None] = same_shape,
 ) -> _Rule:
     return _Rule(_PAIR, check_shapes, check_values, _module_losses, _count_losses)
 
 
 def _classes(weigh: Callable[[Any, Args, Tensor], Tensor]) -> _Rule:
-    return _Rule(_PAIR, _class_shapes, _labels, _module_losses, weigh)
+    return _Rule(_PAIR, class_shapes, labels, _module_losses, weigh)
 
 
 def _of_three(
     names: tuple[str, ...],
     check_shapes: Callable[..., None],
-    check_values: Callable[..., None] = _any_values,
+    check_values: Callable[..., None] = any_values,
 ) -> _Rule:
     return _Rule(names, check_shapes, check_values, _module_losses, _count_losses)
 
@@ -779,35 +522,35 @@ _RULES: dict[type, _Rule] = {
     nn.L1Loss: _elementwise(),
     nn.MSELoss: _elementwise(),
     nn.SmoothL1Loss: _elementwise(),
-    nn.HuberLoss: _elementwise(check_shapes=_same_shape_and_dtype),
+    nn.HuberLoss: _elementwise(check_shapes=same_shape_and_dtype),
     nn.PoissonNLLLoss: _elementwise(),
-    nn.KLDivLoss: _elementwise(_kl_targets, _same_shape_and_dtype),
-    nn.BCELoss: _elementwise(_unit_both, _same_shape_and_dtype),
-    nn.BCEWithLogitsLoss: _elementwise(_unit_targets, _same_shape_and_dtype),
-    nn.HingeEmbeddingLoss: _elementwise(_signs),
-    nn.SoftMarginLoss: _elementwise(_signs),
-    nn.MultiLabelSoftMarginLoss: _elementwise(_unit_targets),
+    nn.KLDivLoss: _elementwise(kl_targets, same_shape_and_dtype),
+    nn.BCELoss: _elementwise(unit_both, same_shape_and_dtype),
+    nn.BCEWithLogitsLoss: _elementwise(unit_targets, same_shape_and_dtype),
+    nn.HingeEmbeddingLoss: _elementwise(signs),
+    nn.SoftMarginLoss: _elementwise(signs),
+    nn.MultiLabelSoftMarginLoss: _elementwise(unit_targets),
     nn.MultiLabelMarginLoss: _Rule(
-        _PAIR, _same_shape_labels, _label_sets, _label_set_losses, _count_losses
+        _PAIR, same_shape_labels, label_sets, _label_set_losses, _count_losses
     ),
     nn.MultiMarginLoss: _classes(_count_losses),  # its weights are not in its mean
     nn.NLLLoss: _classes(_sum_class_weights),
     nn.CrossEntropyLoss: _classes(_sum_class_weights),
-    nn.MarginRankingLoss: _of_three(_TWO_INPUTS, _same_shape, _signs),
-    nn.CosineEmbeddingLoss: _of_three(_TWO_INPUTS, _cosine_shapes, _signs),
-    nn.TripletMarginLoss: _of_three(_TRIPLET, _same_shape),
-    nn.TripletMarginWithDistanceLoss: _of_three(_TRIPLET, _same_shape),
+    nn.MarginRankingLoss: _of_three(_TWO_INPUTS, same_shape, signs),
+    nn.CosineEmbeddingLoss: _of_three(_TWO_INPUTS, cosine_shapes, signs),
+    nn.TripletMarginLoss: _of_three(_TRIPLET, same_shape),
+    nn.TripletMarginWithDistanceLoss: _of_three(_TRIPLET, same_shape),
     nn.GaussianNLLLoss: _Rule(
         ("mean", "target", "var"),
-        _gaussian_shapes,
-        _variances,
+        gaussian_shapes,
+        variances,
         _gaussian_losses,
         _count_losses,
     ),
     nn.CTCLoss: _Rule(
         ("log_probs", "targets", "input_lengths", "target_lengths"),
-        _ctc_shapes,
-        _ctc_labels,
+        ctc_shapes,
+        ctc_labels,
         _ctc_losses,
         _count_losses,
     ),

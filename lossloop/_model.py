@@ -19,8 +19,7 @@ def model_params(model: nn.Module) -> Params:
     The names are those of `model.state_dict()`; the tensors are not copied.
     """
     saved = model.state_dict(keep_vars=True)
-    tensors = dict(model.named_parameters())
-    tensors.update(model.named_buffers())
+    tensors: Params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if name in saved}
 
 
@@ -85,7 +84,7 @@ def check_functional(where: str, model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            refuse(TypeError, name, module, "it is TorchScript. Pass the module itself.")
+            refuse(TypeError, name, module, "it is TorchScript. Pass the nn.Module.")
         if hasattr(module, "_orig_mod"):
             refuse(
                 TypeError,
@@ -96,7 +95,7 @@ def check_functional(where: str, model: nn.Module) -> None:
             )
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             refuse(TypeError, name, module, "it is a wrapper. Pass its .module.")
-        if module._backward_hooks or module._backward_pre_hooks:
+        if module._backward_hooks or module._backward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
             refuse(
                 TypeError,
                 name,
@@ -111,9 +110,12 @@ def check_functional(where: str, model: nn.Module) -> None:
                 module,
                 "sparse=True makes sparse gradients. Build it with sparse=False.",
             )
-        tensors = [*module._parameters.items(), *module._buffers.items()]
+        tensors = [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]
         for key, tensor in tensors:
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(tensor):
                 refuse(
                     ValueError,
                     name,
@@ -121,7 +123,7 @@ def check_functional(where: str, model: nn.Module) -> None:
                     f"its {key} is lazy and not yet initialised. Call the model on "
                     f"one batch first.",
                 )
-            if tensor is not None and tensor.is_meta:
+            if tensor.is_meta:
                 refuse(
                     ValueError,
                     name,

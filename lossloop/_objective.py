@@ -229,8 +229,9 @@ def supervised(model: nn.Module, loss_fn: Callable[..., Any]) -> Objective:
 
     Example:
         >>> goal = supervised(torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss())
-        >>> loss_sum, n = goal(goal.init(), (torch.ones(4, 3), torch.tensor([0, 1, 1, -100])))
-        >>> n.item()  # the target -100 is ignored and has weight 0
+        >>> labels = torch.tensor([0, 1, 1, -100])
+        >>> loss_sum, n = goal(goal.init(), (torch.ones(4, 3), labels))
+        >>> n.item()  # the label -100 is ignored and has weight 0
         3
     """
     pair = loss_pair(loss_fn)

@@ -251,7 +251,7 @@ def _update(
     updates: Params = {}
     groups: list[Group] = []
     for static, group in zip(statics, slots.groups, strict=True):
-        count = group.count + 1
+        count = group.step + 1
         scalars = rule.scalars(count, group.hyper)
         decay = group.hyper.get("weight_decay")
         shrink = None
@@ -510,8 +510,8 @@ def load_opt_state(
         _write_hyper(rule, options, group.hyper)
         for name, moments in group.moments.items():
             optimizer.state.pop(params[name], None)
-            if group.count.item():
-                saved = _torch_state(rule, options, params[name], group.count, moments)
+            if group.step.item():
+                saved = _torch_state(rule, options, params[name], group.step, moments)
                 if saved:
                     optimizer.state[params[name]] = saved
 

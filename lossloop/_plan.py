@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import _dynamo, nn  # pyright: ignore[reportPrivateUsage]
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,15 +59,15 @@ def count_cost(body: Callable[..., Any], args: tuple[Any, ...]) -> Cost:
     """Counts the operators and FLOPs of a pure body by calling it once."""
     flops = FlopCounterMode(display=False)
     cuda = [t.device for t in pytree.tree_leaves(args) if t.is_cuda][:1]
-    with torch.random.fork_rng(cuda), torch.no_grad():
-        with flops, _OperatorCounter() as counter:
-            body(*args)
+    counter = _OperatorCounter()
+    with torch.random.fork_rng(cuda), torch.no_grad(), flops, counter:
+        body(*args)
     return Cost(counter.operators, flops.get_total_flops())
 
 
 def has_rnn(model: nn.Module) -> bool:
     """Whether it has a layer that torch.compile does not take by default."""
-    allowed = getattr(torch._dynamo.config, "allow_rnn", False)
+    allowed = getattr(_dynamo.config, "allow_rnn", False)
     return not allowed and any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 
@@ -98,7 +98,7 @@ class CompilePlan:
         self._seen = Counter[Hashable]()
         self._costs: dict[Hashable, Cost] = {}
         self._first: Hashable = None
-        self.choice = CompileChoice(False, "no batch has come yet")
+        self.choice = CompileChoice(compiled=False, reason="no batch has come yet")
 
     def end_epoch(self) -> None:
         """Tells that one epoch less is to come."""
@@ -112,7 +112,7 @@ class CompilePlan:
         first = shape == self._first
         self._seen[shape] += 1
         if first and self._wish is True:
-            self.choice = CompileChoice(True, "compile=True")
+            self.choice = CompileChoice(compiled=True, reason="compile=True")
             return True
         expected = self._epochs_left * (
             self._batches if first and self._batches else self._seen[shape]
@@ -120,7 +120,7 @@ class CompilePlan:
         if expected < FEWEST_STEPS:
             if first:
                 why = f"{expected} steps planned, fewer than {FEWEST_STEPS}"
-                self.choice = CompileChoice(False, why)
+                self.choice = CompileChoice(compiled=False, reason=why)
             return False
         if shape not in self._costs:
             self._costs[shape] = count_cost(self._body, args)

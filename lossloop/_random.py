@@ -23,14 +23,16 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     generators = [torch.default_generator]
     if device.type == "cuda":
         torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = device.index
+        if index is None:  # pyright: ignore[reportUnnecessaryComparison]
+            index = torch.cuda.current_device()
         generators.append(torch.cuda.default_generators[index])
     elif device.type == "mps":
         generators.append(torch.mps._get_default_mps_generator())  # pyright: ignore[reportPrivateUsage]
     return generators
 
 
-class seeded:  # noqa: N801  # used as a context, like torch.no_grad
+class seeded:  # used as a context, like torch.no_grad
     """Seeds the default generators inside, and leaves them as they were outside.
 
     A class and not a generator function, because it stands around every step.

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lossloop._optimizers import hyper_from_torch
+from lossloop._optimizers import host_hyper, hyper_from_torch
 from lossloop._types import OptState
 
 
@@ -25,37 +25,33 @@ class Schedule:
         if scheduler is None:
             if by is not None:
                 raise ValueError(
-                    f"fit(schedule_by={by!r}) needs a scheduler; pass scheduler=... too."
+                    f"fit(schedule_by={by!r}) is the unit of a scheduler; pass one."
                 )
         else:
             _check(scheduler, by, optimizer)
             # Tells the scheduler that the optimizer does step, only not by itself.
             optimizer._opt_called = True
-        self._scheduler = scheduler
+        self._scheduler: Any = scheduler
         self._by = by
         self._optimizer = optimizer
 
     def after_step(self, opt_state: OptState) -> OptState:
         """The state for the next step."""
-        if self._by != "step":
-            return opt_state
-        self._scheduler.step()
-        return self._follow(opt_state)
+        return self._advance(opt_state) if self._by == "step" else opt_state
 
     def after_epoch(self, opt_state: OptState, loss: float) -> OptState:
         """The state for the next epoch; `loss` is for `ReduceLROnPlateau`."""
         if self._by != "epoch":
             return opt_state
         if isinstance(self._scheduler, ReduceLROnPlateau):
-            self._scheduler.step(loss)
-        else:
-            self._scheduler.step()
-        return self._follow(opt_state)
+            return self._advance(opt_state, loss)
+        return self._advance(opt_state)
 
-    def _follow(self, opt_state: OptState) -> OptState:
-        return opt_state._replace(
-            slots=hyper_from_torch(self._optimizer, opt_state.slots)
-        )
+    def _advance(self, opt_state: OptState, *loss: float) -> OptState:
+        before = host_hyper(self._optimizer)
+        self._scheduler.step(*loss)
+        slots = hyper_from_torch(self._optimizer, opt_state.slots, before)
+        return opt_state._replace(slots=slots)
 
 
 def _check(scheduler: Any, by: str | None, optimizer: Any) -> None:

@@ -1,7 +1,7 @@
 """The step: gradient and update of one batch as one pure function."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,25 @@ from lossloop._random import mix, seeded
 from lossloop._types import Batch, LossPair, OptState, Params, Slots
 
 Seeding = Callable[[], seeded]
+
+
+class Body(Protocol):
+    """The tensor part of a step and the way it is run.
+
+    Called as `body(seeding, params, slots, batch)` in training and as
+    `body(seeding, params, batch)` in evaluation. Seeding stays outside the function,
+    because generators are no tensors, and is a callable, because a compiled body knows
+    whether it draws random numbers at all.
+    """
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The pure function from tensors to tensors."""
+        ...
+
+    def __call__(self, seeding: Seeding, /, *args: Any) -> Any:
+        """What the function returns."""
+        ...
 
 
 class Eager(NamedTuple):
@@ -36,10 +55,7 @@ class TrainStep(NamedTuple):
     generators are put back.
     """
 
-    # Called as body(seeding, params, slots, batch). Seeding is not in the function,
-    # because generators are no tensors, and is a callable, because a compiled body
-    # knows whether it draws at all. `compile_step` changes the body.
-    body: Any
+    body: Body
 
     def __call__(
         self, params: Params, opt_state: OptState, batch: Batch
@@ -62,7 +78,7 @@ class EvalStep(NamedTuple):
     same ones for every batch.
     """
 
-    body: Callable[..., LossPair]
+    body: Body
 
     def __call__(self, params: Params, batch: Batch) -> LossPair:
         """Returns `(loss_sum, n)`."""
@@ -102,8 +118,8 @@ def init(
     """
     goal = as_objective(objective)
     if isinstance(goal, Objective):
-        own = dict(goal.model.named_parameters())
-        own = {name: p for name, p in own.items() if name in goal.trainable}
+        named = goal.model.named_parameters()
+        own: Params = {name: p for name, p in named if name in goal.trainable}
         start = goal.init()
         if params is not None:
             if params.keys() != start.keys():

@@ -23,7 +23,7 @@ class Group(NamedTuple):
     name is a key of `moments`, with an empty dictionary if it needs no tensors.
     """
 
-    count: Tensor  # (), float64 (float32 where the device has none), updates made
+    step: Tensor  # (), float64 (float32 where the device has none), updates made
     hyper: dict[str, Tensor]  # (), same dtype; a new rate is new data, not a new graph
     moments: dict[str, dict[str, Tensor]]  # per parameter, under torch.optim's names
 

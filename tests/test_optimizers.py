@@ -164,7 +164,7 @@ def worst_state(slots: Slots, model: nn.Module, optimizer) -> float:
             }
             figures += [worst(moments, theirs)] if moments else []
             if "step" in state:
-                assert state["step"] == group.count
+                assert state["step"] == group.step
     return max(figures)
 
 
@@ -456,7 +456,7 @@ def test_update_is_pure(case):
     assert all(map(torch.equal, tree_leaves(first), tree_leaves(again)))
     # Nothing that came out shares memory with what went in, or twice with itself.
     updates, after = first
-    moments = [(group.count, group.moments) for group in after.groups]
+    moments = [(group.step, group.moments) for group in after.groups]
     fresh = [leaf.data_ptr() for leaf in tree_leaves((updates, moments))]
     old = [leaf.data_ptr() for leaf in tree_leaves(given)]
     assert len({*fresh, *old}) == len(fresh) + len(old)
