@@ -13,6 +13,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -97,7 +98,8 @@ def main() -> None:
             seconds[name].append((perf_counter() - start) / STEPS)
     eager = statistics.median(seconds["eager by hand"])
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one core of")
-    print(next(line for line in open("/proc/cpuinfo") if "model name" in line).strip())
+    processors = Path("/proc/cpuinfo").read_text().splitlines()
+    print(next(line for line in processors if "model name" in line))
     for name, times in seconds.items():
         median = statistics.median(times)
         print(

@@ -148,15 +148,16 @@ def fit(
         goal, optimizer, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
     )
     eval_step = make_eval_step(goal)
-    if has_rnn(model):
-        if compile is True:
-            raise ValueError(f"fit(compile=True): {RNN_HINT}")
-        compile = False
+    recurrent = has_rnn(model)
+    if recurrent and compile is True:
+        raise ValueError(f"fit(compile=True): {RNN_HINT}")
     train_body, eval_body = step.body.function, eval_step.body.function
     batches = None if val is None else length(val)
     plan = CompilePlan(compile, train_body, epochs=epochs, batches=length(train))
     val_plan = CompilePlan(compile, eval_body, epochs=epochs, batches=batches)
-    if compile is not False:
+    if recurrent:
+        plan.choice = CompileChoice(compiled=False, reason=RNN_HINT)
+    elif compile is not False:
         # The tensors of params and opt_state are our own: the step may write to them.
         step = TrainStep(Compiled(train_body, donate=True, worth=plan.worth))
         eval_step = EvalStep(Compiled(eval_body, worth=val_plan.worth))

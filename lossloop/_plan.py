@@ -98,7 +98,8 @@ class CompilePlan:
         self._seen = Counter[Hashable]()
         self._costs: dict[Hashable, Cost] = {}
         self._first: Hashable = None
-        self.choice = CompileChoice(compiled=False, reason="no batch has come yet")
+        why = "compile=False" if wish is False else "no batch has come yet"
+        self.choice = CompileChoice(compiled=False, reason=why)
 
     def end_epoch(self) -> None:
         """Tells that one epoch less is to come."""

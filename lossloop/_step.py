@@ -111,8 +111,9 @@ def init(
             not the model's.
 
     Example:
-        >>> goal = supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
-        >>> params, opt_state = init(goal, torch.optim.SGD, seed=7)
+        >>> import lossloop as ll
+        >>> goal = ll.supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
+        >>> params, opt_state = ll.init(goal, torch.optim.SGD, seed=7)
         >>> sorted(params), int(opt_state.step), int(opt_state.seed)
         (['bias', 'weight'], 0, 7)
     """
@@ -181,9 +182,10 @@ def make_step(
         TypeError: If the optimizer is not supported.
 
     Example:
-        >>> goal = supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
-        >>> params, opt_state = init(goal, torch.optim.Adam)
-        >>> step = make_step(goal, torch.optim.Adam)
+        >>> import lossloop as ll
+        >>> goal = ll.supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
+        >>> params, opt_state = ll.init(goal, torch.optim.Adam)
+        >>> step = ll.make_step(goal, torch.optim.Adam)
         >>> batch = (torch.ones(4, 2), torch.zeros(4, 1))
         >>> params, opt_state, loss_sum, n = step(params, opt_state, batch)
         >>> int(opt_state.step), int(n)
@@ -234,8 +236,9 @@ def make_eval_step(
         `eval_step(params, batch) -> (loss_sum, n)`.
 
     Example:
-        >>> goal = supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
-        >>> eval_step = make_eval_step(goal)
+        >>> import lossloop as ll
+        >>> goal = ll.supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
+        >>> eval_step = ll.make_eval_step(goal)
         >>> loss_sum, n = eval_step(goal.init(), (torch.ones(4, 2), torch.zeros(4, 1)))
         >>> int(n)
         4

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from contextlib import redirect_stdout
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -38,9 +39,8 @@ def blocks(source):
 
 def run(found, name, namespace):
     """Runs the python blocks and compares what they print with the text blocks."""
-    expected = [*found[1:], Block("", "", 0)]
     before = ""
-    for block, after in zip(found, expected, strict=True):
+    for block, after in zip_longest(found, found[1:], fillvalue=Block("", "", 0)):
         if block.language == "text":
             assert before == "python", f"{name}:{block.line}: output of no python block"
         if block.language == "python":
@@ -73,25 +73,28 @@ def test_the_code_of_a_page_runs_and_prints_what_it_shows(page, monkeypatch, tmp
     module = ModuleType("page")  # importable, as the compiler wants it
     monkeypatch.setitem(sys.modules, "page", module)
     monkeypatch.chdir(tmp_path)
-    run(blocks(page.read_text()), named(page), vars(module))
+    run(blocks(page.read_text("utf-8")), named(page), vars(module))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_relative_links_lead_somewhere(page):
-    for target in LINK.findall(prose(page.read_text())):
+    for target in LINK.findall(prose(page.read_text("utf-8"))):
         if "://" in target:
             continue
         path, _, fragment = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{named(page)}: no file {target}"
         if fragment:
-            assert fragment in anchors(file.read_text()), f"{named(page)}: {target}"
+            assert fragment in anchors(file.read_text("utf-8")), (
+                f"{named(page)}: {target}"
+            )
 
 
 def test_every_page_of_docs_is_on_the_map():
     index = ROOT / "docs" / "index.md"
     linked = {
-        (index.parent / link).resolve() for link in LINK.findall(index.read_text())
+        (index.parent / link).resolve()
+        for link in LINK.findall(index.read_text("utf-8"))
     }
     assert linked >= set(PAGES[1:]) - {index}
 
@@ -100,8 +103,8 @@ def test_every_page_of_docs_is_on_the_map():
     ("heading", "module"), [("lossloop", lossloop), ("lossloop.optim", lossloop.optim)]
 )
 def test_the_reference_has_all_public_names_with_their_signatures(heading, module):
-    source = (ROOT / "docs" / "reference.md").read_text()
-    section = source.split(f"\n# {heading}\n")[1].split("\n# ")[0]
+    source = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    section = source.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     entries = [" ".join(entry.split()) for entry in ENTRY.findall(section)]
     names = [entry.partition("(")[0] for entry in entries]
     assert sorted(names) == sorted(module.__all__)
@@ -122,7 +125,7 @@ def normal(call):
 
 
 def test_the_readme_has_the_commands_that_ci_runs():
-    found = blocks((ROOT / "README.md").read_text())
+    found = blocks((ROOT / "README.md").read_text("utf-8"))
     install = "python -m pip install -c tests/constraints.txt -e"
     assert [b.text for b in found if b.language == "sh"] == [
         f"{install} '.[demo]' && python -m lossloop demo\n",

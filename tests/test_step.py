@@ -82,7 +82,7 @@ def test_a_step_is_pure(case, mode):
 
 @pytest.mark.parametrize("case", ["conv_net", "encoder"])
 def test_dropout_depends_on_seed_and_step_alone(case):
-    goal, step, params, opt_state = make(case)
+    _, step, params, opt_state = make(case)
     batch = CASES[case].batch()
     loss = step(params, opt_state, batch)[2]
     later = opt_state._replace(step=opt_state.step + 1)
@@ -280,7 +280,7 @@ def test_clipping_is_torchs(clip, mode):
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan")])
 def test_clipping_bounds_are_positive(bad):
     goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
-    with pytest.raises(ValueError, match="clip_grad_norm.*must be > 0"):
+    with pytest.raises(ValueError, match=r"clip_grad_norm.*must be > 0"):
         ll.make_step(goal, torch.optim.SGD, clip_grad_norm=bad)
 
 
@@ -335,7 +335,7 @@ def test_differentiating_through_three_steps():
             slots=s.slots._replace(groups=(group._replace(hyper={"lr": rate}),))
         )
         for _ in range(3):
-            p, s, loss_sum, n = step(p, s, (x.double(), y))
+            p, s, *_ = step(p, s, (x.double(), y))
         return goal(p, (x.double(), y))[0]
 
     rate = torch.tensor(0.1, dtype=torch.float64)

@@ -1,0 +1,300 @@
+"""Compilation: once per shape, never for a rate, never stale; donation is honest."""
+
+import pytest
+import torch
+from cases import CASES, mlp
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import lossloop as ll
+from lossloop._plan import CompilePlan, count_cost, has_rnn
+
+
+class Backend:
+    """A back end that counts how many graphs it is handed."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def start(model=None, optimizer=torch.optim.Adam, loss=None, **compiling):
+    model = model or mlp()
+    goal = ll.supervised(model, loss or nn.CrossEntropyLoss())
+    params, opt_state = ll.init(goal, optimizer)
+    step = ll.compile_step(ll.make_step(goal, optimizer), **compiling)
+    return step, params, opt_state
+
+
+def batch(size, seed=0):
+    return CASES["mlp"].batch(size, seed)
+
+
+def test_each_shape_is_compiled_once():
+    backend = Backend()
+    step, params, opt_state = start(backend=backend)
+    for _ in range(3):
+        for size in (8, 8, 5, 1):
+            params, opt_state, *_ = step(params, opt_state, batch(size))
+    assert backend.graphs == step.body.compilations == 3
+
+
+def test_more_shapes_than_the_compiler_keeps_entries():
+    backend = Backend()
+    step, params, opt_state = start(backend=backend)
+    for size in range(1, 13):
+        params, opt_state, *_ = step(params, opt_state, batch(size))
+    assert backend.graphs == 12
+
+
+def test_twenty_models_compile_in_one_process():
+    backend = Backend()
+    steps = [start(nn.Linear(5, 3 + i), backend=backend) for i in range(20)]
+    for step, params, opt_state in steps:
+        for _ in range(2):
+            params, opt_state, *_ = step(params, opt_state, batch(4))
+    assert backend.graphs == 20
+
+
+def test_rates_and_betas_do_not_recompile():
+    backend = Backend()
+    optimizer = torch.optim.AdamW(mlp().parameters(), lr=1.0)
+    step, params, opt_state = start(optimizer=torch.optim.AdamW, backend=backend)
+    losses = set()
+    for i in range(10):
+        group = opt_state.slots.groups[0]
+        hyper = {name: value * 0.9 for name, value in group.hyper.items()}
+        groups = (group._replace(hyper=hyper),)
+        opt_state = opt_state._replace(slots=opt_state.slots._replace(groups=groups))
+        params, opt_state, loss_sum, _ = step(params, opt_state, batch(8, i))
+        losses.add(loss_sum.item())
+    assert backend.graphs == 1
+    assert len(losses) == 10
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_values_that_the_loss_refers_to_are_not_stale():
+    scale = 1.0
+    step, params, opt_state = start(
+        loss=lambda out, y: (
+            scale * nn.functional.cross_entropy(out, y, reduction="none")
+        ),
+        backend="aot_eager",
+    )
+    once = step(params, opt_state, batch(8))[2]
+    scale = 3.0
+    assert step(params, opt_state, batch(8))[2].item() == pytest.approx(3 * once.item())
+
+
+@pytest.mark.parametrize("case", ["conv_net", "tied", "frozen"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.NAdam])
+def test_donating_is_the_same_arithmetic_in_place(case, optimizer):
+    model = CASES[case].model().double()
+    goal = ll.supervised(model, CASES[case].loss.double())
+    pure = ll.make_step(goal, optimizer)
+    donating = ll.compile_step(pure, donate=True, backend="aot_eager")
+    state = ll.init(goal, optimizer)
+    given = ll.init(goal, optimizer)
+    addresses = [t.data_ptr() for t in pytree.tree_leaves((given[0], given[1].slots))]
+    kept = given
+    for i in range(4):
+        x, y = CASES[case].batch(seed=i)
+        data = (x.double() if x.is_floating_point() else x, y)
+        *state, loss_sum, n = pure(*state, data)
+        *given, given_sum, given_n = donating(*given, data)
+        torch.testing.assert_close((given_sum, given_n), (loss_sum, n))
+    torch.testing.assert_close(given[0], state[0], rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(given[1].slots.groups, state[1].slots.groups, strict=True):
+        torch.testing.assert_close(ours.step, theirs.step)
+        torch.testing.assert_close(ours.moments, theirs.moments, rtol=1e-9, atol=1e-12)
+    assert kept[0] is given[0]
+    after = pytree.tree_leaves((given[0], given[1].slots))
+    assert addresses == [t.data_ptr() for t in after]
+
+
+def test_a_zero_dimensional_float64_parameter_is_donated():
+    """torch loses a compiled write into such an input; see `_write`."""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x):
+            return x * self.log_scale.exp()
+
+    goal = ll.supervised(Scale(), nn.MSELoss())
+    optimizer = ll.optim.SGD(lr=0.1)
+    params, opt_state = ll.init(goal, optimizer)
+    step = ll.compile_step(
+        ll.make_step(goal, optimizer), donate=True, backend="aot_eager"
+    )
+    x = torch.ones(3, dtype=torch.float64)
+    for _ in range(100):
+        params, opt_state, *_ = step(params, opt_state, (x, 2 * x))
+    assert params["log_scale"].item() == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_generated_code_donates_and_repeats():
+    """One model through the real back end: pure, donating and eager agree."""
+    model = CASES["conv_net"].model()
+    model[4].p = 0.0  # generated code draws other random numbers
+    goal = ll.supervised(model, nn.CrossEntropyLoss())
+    optimizer = ll.optim.SGD(lr=0.1, momentum=0.9)
+    eager = ll.make_step(goal, optimizer)
+    states = {
+        step: ll.init(goal, optimizer)
+        for step in (eager, ll.compile_step(eager), ll.compile_step(eager, donate=True))
+    }
+    for i in range(5):
+        data = CASES["conv_net"].batch(seed=i)
+        states = {step: step(*state, data)[:2] for step, state in states.items()}
+    expected, *others = (params for params, _ in states.values())
+    for params in others:
+        torch.testing.assert_close(params, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_graph_is_kept_even_if_parameters_ask_for_gradients():
+    step, params, opt_state = start(backend="aot_eager")
+    params = {name: t.requires_grad_() for name, t in params.items()}
+    new, state, loss_sum, n = step(params, opt_state, batch(8))
+    tensors = pytree.tree_leaves((new, state, loss_sum, n))
+    assert all(t.grad_fn is None for t in tensors)
+
+
+def test_any_step_of_the_same_signature_compiles():
+    def step(params, opt_state, batch):
+        w = params["w"] - 0.1 * (params["w"] - batch).mean()
+        return {"w": w}, opt_state + 1, ((w - batch) ** 2).sum(), torch.tensor(4)
+
+    backend = Backend()
+    compiled = ll.compile_step(step, backend=backend)
+    params, count = {"w": torch.zeros(4)}, torch.zeros(1)
+    for _ in range(3):
+        params, count, *_ = compiled(params, count, torch.ones(4))
+    assert backend.graphs == 1
+    assert count == 3
+    assert (
+        ll.compile_step(step, donate=True, backend="aot_eager")(
+            params, count, torch.ones(4)
+        )[0]["w"]
+        is params["w"]
+    )
+    assert count == 4
+
+
+def test_mistakes_of_the_caller_are_reported_in_their_own_words():
+    def wrong(output, target):
+        raise ArithmeticError("three is not four")
+
+    step, params, opt_state = start(loss=wrong, backend="aot_eager")
+    with pytest.raises(ArithmeticError, match="three is not four"):
+        step(params, opt_state, batch(4))
+
+
+def test_what_cannot_be_one_graph_says_so():
+    def reads(output, target):
+        losses = nn.functional.cross_entropy(output, target, reduction="none")
+        return losses * 2 if losses.sum() > 0 else losses
+
+    step, params, opt_state = start(loss=reads, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="cannot be compiled as one graph") as caught:
+        step(params, opt_state, batch(4))
+    assert "compile=False" in str(caught.value)
+
+
+def test_recurrent_layers_are_explained():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(5, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.rnn(x)[0][:, -1]
+
+    assert has_rnn(Last())
+    assert not has_rnn(mlp())
+    step, params, opt_state = start(Last(), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="allow_rnn"):
+        step(params, opt_state, (torch.randn(2, 4, 5), torch.tensor([0, 1])))
+
+
+def test_batches_hold_tensors_only():
+    goal = ll.objective(mlp(), lambda model, b: (model(b["x"]).sum(), b["n"]))
+    params, opt_state = ll.init(goal, torch.optim.SGD)
+    step = ll.compile_step(ll.make_step(goal, torch.optim.SGD), backend="aot_eager")
+    with pytest.raises(TypeError, match=r"batch\['n'\] is a int"):
+        step(params, opt_state, {"x": torch.ones(2, 5), "n": 2})
+
+
+def test_eval_steps_compile():
+    backend = Backend()
+    goal = ll.supervised(CASES["conv_net"].model(), nn.CrossEntropyLoss())
+    params = goal.init()
+    eager = ll.make_eval_step(goal)
+    compiled = ll.compile_step(eager, backend=backend)
+    for size in (6, 6, 3):
+        data = CASES["conv_net"].batch(size)
+        torch.testing.assert_close(compiled(params, data), eager(params, data))
+    assert backend.graphs == 2
+    with pytest.raises(ValueError, match="for training steps"):
+        ll.compile_step(eager, donate=True)
+    with pytest.raises(ValueError, match="compiled already"):
+        ll.compile_step(compiled)
+
+
+def plan_of(wish, epochs, batches, width=16):
+    model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 3))
+    goal = ll.supervised(model, nn.CrossEntropyLoss())
+    params, opt_state = ll.init(goal, torch.optim.Adam)
+    body = ll.make_step(goal, torch.optim.Adam).body.function
+    plan = CompilePlan(wish, body, epochs=epochs, batches=batches)
+    return plan, lambda size: (params, opt_state.slots, batch(size))
+
+
+def test_short_runs_are_not_compiled_and_long_ones_are():
+    plan, args = plan_of("auto", 1, 20)
+    assert not plan.worth("shape", args(8))
+    assert not plan.choice.compiled
+    assert "20 steps planned" in plan.choice.reason
+    plan, args = plan_of("auto", 1000, 1000)
+    assert plan.worth("shape", args(8))
+    assert plan.choice.compiled
+    assert "1000000 steps planned" in plan.choice.reason
+
+
+def test_bigger_steps_are_compiled_sooner():
+    plan, args = plan_of("auto", 5, 100)
+    assert not plan.worth("shape", args(8))
+    plan, args = plan_of("auto", 5, 100, width=2**17)
+    assert plan.worth("shape", args(512))
+
+
+def test_an_odd_batch_is_compiled_only_if_it_recurs_often():
+    plan, args = plan_of(True, 50, 100)
+    assert plan.worth("full", args(8))
+    assert plan.choice == (True, "compile=True")
+    assert not plan.worth("odd", args(5))
+    assert plan.choice.compiled
+    plan, args = plan_of(True, 10**7, 100)
+    assert plan.worth("full", args(8))
+    assert plan.worth("odd", args(5))
+
+
+def test_counting_leaves_generators_alone_and_repeats():
+    goal = ll.supervised(CASES["conv_net"].model(), CASES["conv_net"].loss)
+    params, opt_state = ll.init(goal, torch.optim.SGD)
+    body = ll.make_step(goal, torch.optim.SGD).body.function
+    state = torch.get_rng_state()
+    costs = {
+        count_cost(body, (params, opt_state.slots, CASES["conv_net"].batch()))
+        for _ in range(2)
+    }
+    assert torch.equal(torch.get_rng_state(), state)
+    (cost,) = costs
+    forward = 2 * 6 * (4 * 16 * 9 + 64 * 3)  # multiply and add, six samples
+    assert 2 * forward <= cost.flops <= 3 * forward

@@ -1,0 +1,786 @@
+"""fit: the numbers of a hand-written loop, and a module that is never lost."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, mlp
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+import lossloop as ll
+
+quiet = functools.partial(ll.fit, progress=False)
+
+
+@functools.cache
+def digits():
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float64).unsqueeze(1) / 16
+    labels = torch.tensor(bunch.target)
+    return (images[:500], labels[:500]), (images[500:700], labels[500:700])
+
+
+def loaders(dtype=torch.float64):
+    """Shuffled by the global generator, with an odd last batch."""
+    (x, y), (vx, vy) = digits()
+    train = TensorDataset(x.to(dtype), y)
+    val = TensorDataset(vx.to(dtype), vy)
+    return DataLoader(train, 64, shuffle=True), DataLoader(val, 64)
+
+
+def conv_net(dtype=torch.float64):
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    ).to(dtype)
+
+
+def by_hand(model, loss_fn, optimizer, train, val, epochs, scheduler, by):
+    """The loop of the first tutorial, on which every number must agree."""
+    train_losses, val_losses, rates = [], [], []
+    for _ in range(epochs):
+        model.train()
+        total = 0.0
+        for inputs, labels in train:
+            optimizer.zero_grad()
+            loss = loss_fn(model(inputs), labels)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * inputs.size(0)
+            if by == "step":
+                scheduler.step()
+        train_losses.append(total / len(train.dataset))
+        model.eval()
+        total = 0.0
+        with torch.no_grad():
+            for inputs, labels in val:
+                total += loss_fn(model(inputs), labels).item() * inputs.size(0)
+        val_losses.append(total / len(val.dataset))
+        rates.append(optimizer.param_groups[0]["lr"])
+        if by == "epoch":
+            if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+                scheduler.step(val_losses[-1])
+            else:
+                scheduler.step()
+    return train_losses, val_losses, rates
+
+
+SCHEDULES = {
+    "none": (None, None),
+    "one_cycle": (
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.01, total_steps=8 * 3 + 1),
+        "step",
+    ),
+    "step": (lambda o: lr_scheduler.StepLR(o, 1, gamma=0.5), "epoch"),
+    "plateau": (
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.9),
+        "epoch",
+    ),
+    "sequential": (
+        lambda o: lr_scheduler.SequentialLR(
+            o,
+            [
+                lr_scheduler.LinearLR(o, 0.1, total_iters=5),
+                lr_scheduler.CosineAnnealingLR(o, 20),
+            ],
+            [5],
+        ),
+        "step",
+    ),
+}
+OPTIMIZERS = {
+    "adam": functools.partial(torch.optim.Adam, lr=1e-3),
+    "sgd": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_fit_is_the_hand_written_loop(dtype, schedule, optimizer):
+    make_scheduler, by = SCHEDULES[schedule]
+    theirs, ours = conv_net(dtype), conv_net(dtype)
+    their_optimizer = OPTIMIZERS[optimizer](theirs.parameters())
+    our_optimizer = OPTIMIZERS[optimizer](ours.parameters())
+    their_scheduler = make_scheduler and make_scheduler(their_optimizer)
+    our_scheduler = make_scheduler and make_scheduler(our_optimizer)
+    train, val = loaders(dtype)
+    loss_fn = nn.CrossEntropyLoss()
+
+    torch.manual_seed(7)
+    train_losses, val_losses, rates = by_hand(
+        theirs, loss_fn, their_optimizer, train, val, 3, their_scheduler, by
+    )
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    result = quiet(
+        ours,
+        loss_fn,
+        our_optimizer,
+        train,
+        val,
+        epochs=3,
+        scheduler=our_scheduler,
+        schedule_by=by,
+        restore_best=False,
+        compile=False,
+    )
+    assert torch.equal(torch.get_rng_state(), after)
+    loose = dtype == torch.float32
+    close = functools.partial(pytest.approx, rel=2e-4 if loose else 1e-9)
+    assert result.history["train_loss"] == close(train_losses)
+    assert result.history["val_loss"] == close(val_losses)
+    assert result.history["lr"] == pytest.approx(rates, rel=1e-14)
+    tolerance = {"rtol": 1e-2, "atol": 2e-3} if loose else {"rtol": 1e-6, "atol": 1e-9}
+    # The gradient of a convolution's bias before a norm is nothing but rounding, which
+    # Adam blows up to full steps, and running_mean follows it; all else must agree.
+    skipped = ("0.bias", "1.running_mean")
+    held, expected = (
+        {k: t for k, t in m.state_dict().items() if k not in skipped}
+        for m in (ours, theirs)
+    )
+    torch.testing.assert_close(held, expected, **tolerance)
+    # and the optimizer can be used on, in plain PyTorch
+    assert our_optimizer.state[ours[5].weight].keys() == (
+        their_optimizer.state[theirs[5].weight].keys()
+    )
+    assert our_optimizer.param_groups[0]["lr"] == their_optimizer.param_groups[0]["lr"]
+
+
+def test_going_on_in_plain_pytorch_equals_one_run():
+    train, val = loaders()
+    batches = list(train)
+    loss_fn = nn.CrossEntropyLoss()
+    one, two = mlp_on_digits(), mlp_on_digits()
+    optimizers = [OPTIMIZERS["adam"](m.parameters()) for m in (one, two)]
+    by_hand(one, loss_fn, optimizers[0], _Listed(batches), val, 4, None, None)
+    quiet(two, loss_fn, optimizers[1], batches, epochs=2, compile=False)
+    by_hand(two, loss_fn, optimizers[1], _Listed(batches), val, 2, None, None)
+    torch.testing.assert_close(
+        two.state_dict(), one.state_dict(), rtol=1e-9, atol=1e-12
+    )
+
+
+class _Listed(list):
+    @property
+    def dataset(self):
+        return range(sum(len(y) for _, y in self))
+
+
+def mlp_on_digits():
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)
+    ).double()
+
+
+def test_two_fits_are_one():
+    batches = list(loaders()[0])
+    one, two = mlp_on_digits(), mlp_on_digits()
+    fit = functools.partial(quiet, loss_fn=nn.CrossEntropyLoss(), compile=False)
+    optimizers = [OPTIMIZERS["adam"](m.parameters()) for m in (one, two)]
+    fit(one, optimizer=optimizers[0], train_loader=batches, epochs=4)
+    fit(two, optimizer=optimizers[1], train_loader=batches, epochs=2)
+    fit(two, optimizer=optimizers[1], train_loader=batches, epochs=2)
+    torch.testing.assert_close(two.state_dict(), one.state_dict(), rtol=1e-12, atol=0)
+
+
+def test_history_has_rows_and_columns():
+    train, val = loaders()
+    result = quiet(
+        mlp_on_digits(),
+        nn.CrossEntropyLoss(),
+        torch.optim.SGD,
+        train,
+        val,
+        epochs=2,
+    )
+    history = result.history
+    assert history.columns == (
+        *("epoch", "step", "train_loss", "val_loss", "lr", "seconds"),
+        *("n_train", "n_val"),
+    )
+    assert history["epoch"] == [1, 2]
+    assert history["step"] == [8, 16]
+    assert history["n_train"] == [500, 500]
+    assert history[-1]["n_val"] == 200
+    assert isinstance(history[-1]["n_val"], int)
+    assert all(s > 0 for s in history["seconds"])
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert history[1:]["epoch"] == [2]
+    assert len(repr(history).splitlines()) == 3
+    with pytest.raises(KeyError, match="no column 'loss'"):
+        history["loss"]
+
+
+def test_class_weights_count_in_both_means():
+    weight = torch.rand(10, dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(weight=weight, ignore_index=3)
+    train, val = loaders()
+    model = mlp_on_digits()
+    result = quiet(model, loss, ll.optim.SGD(lr=1e-30), train, val, epochs=1)
+    (x, y), (vx, vy) = digits()
+    with torch.no_grad():
+        assert result.history[0]["train_loss"] == pytest.approx(
+            loss(model(x), y).item(), rel=1e-12
+        )
+        assert result.history[0]["val_loss"] == pytest.approx(
+            loss(model(vx), vy).item(), rel=1e-12
+        )
+    assert result.history[0]["n_train"] == pytest.approx(weight[y[y != 3]].sum().item())
+
+
+def test_the_best_weights_are_restored():
+    snapshots = {}
+    val_losses = iter([3.0, 1.0, 2.0, float("nan")])
+
+    class Val:
+        def __iter__(self):  # the loss of the epoch, whatever the weights
+            yield torch.tensor([[next(val_losses)]]), torch.zeros(1, 1)
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.w if self.training else x
+
+    def keep(record):
+        snapshots[record.row["epoch"]] = record.params["w"].clone()
+
+    for restore, expected in ((True, 2), (False, 4)):
+        val_losses = iter([9.0, 3.0, 1.0, 2.0, float("nan")])  # the first is looked at
+        model = Scale()
+        result = quiet(
+            model,
+            nn.L1Loss(),
+            torch.optim.SGD,
+            [(torch.ones(2, 1), torch.zeros(2, 1))],
+            Val(),
+            epochs=4,
+            restore_best=restore,
+            on_epoch=keep,
+        )
+        assert result.best_epoch == 2
+        assert torch.equal(model.w, snapshots[expected])
+        assert torch.equal(result.params["w"], snapshots[expected])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, RuntimeError("loader died"), MemoryError]
+)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_whatever_happens_the_last_finished_epoch_is_kept(
+    training, error, compiled, monkeypatch
+):
+    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    finished = {}
+    calls = 0
+
+    class Dies:
+        def __iter__(self):
+            nonlocal calls
+            calls += 1
+            yield CASES["conv_net"].batch()
+            if calls == 3:
+                raise error
+            yield CASES["conv_net"].batch()
+
+    model = CASES["conv_net"].model().train(training)
+    first = copy.deepcopy(model.state_dict())
+
+    def keep(record):
+        finished.update({k: t.clone() for k, t in record.params.items()})
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        quiet(
+            model,
+            nn.CrossEntropyLoss(),
+            torch.optim.Adam,
+            Dies(),
+            epochs=5,
+            on_epoch=keep,
+            compile=compiled,
+        )
+    assert model.training is training
+    assert all(m.training is training for m in model.modules())
+    held = model.state_dict()
+    assert all(torch.equal(held[k], t) for k, t in finished.items())
+    assert not torch.equal(held["0.weight"], first["0.weight"])
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def _traced():
+    from lossloop._compile import Compiled
+
+    return functools.partial(Compiled, backend="aot_eager")
+
+
+def test_a_failure_in_the_first_epoch_changes_nothing():
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+
+    def dies():
+        yield CASES["mlp"].batch()
+        raise RuntimeError("disk gone")
+
+    with pytest.raises(RuntimeError, match="disk gone"):
+        quiet(model, nn.CrossEntropyLoss(), torch.optim.Adam, dies(), epochs=1)
+    assert all(torch.equal(model.state_dict()[k], t) for k, t in before.items())
+
+
+def test_compiled_and_eager_runs_agree(monkeypatch):
+    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    train, val = loaders()
+    batches = list(train)
+    results = [
+        quiet(
+            conv_net(),
+            nn.CrossEntropyLoss(),
+            ll.optim.SGD(lr=0.1, momentum=0.9),
+            batches,
+            val,
+            epochs=2,
+            compile=choice,
+        )
+        for choice in (True, False)
+    ]
+    compiled, eager = results
+    assert compiled.compiled == (True, "compile=True")
+    assert not eager.compiled.compiled
+    for column in ("train_loss", "val_loss"):
+        assert compiled.history[column] == pytest.approx(
+            eager.history[column], rel=1e-9
+        )
+    torch.testing.assert_close(compiled.params, eager.params, rtol=1e-7, atol=1e-10)
+
+
+def test_a_run_compiles_each_shape_at_most_once(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs))
+        return graph.forward
+
+    from lossloop._compile import Compiled
+
+    monkeypatch.setattr(
+        "lossloop._fit.Compiled", functools.partial(Compiled, backend=backend)
+    )
+    model = mlp_on_digits()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=100)
+    train, val = loaders()  # 7 batches of 64 and one of 52; 3 of 64 and one of 8
+    result = quiet(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        train,
+        val,
+        epochs=5,
+        scheduler=scheduler,
+        schedule_by="step",
+        compile=True,
+    )
+    assert len(graphs) == 2  # a training and an evaluation step; odd batches run eager
+    assert len(set(result.history["lr"])) == 5
+
+
+def test_dropout_follows_the_seed_and_nothing_else():
+    train = list(loaders(torch.float32)[0])
+
+    def run(seed, global_seed):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))
+        torch.manual_seed(global_seed)
+        return quiet(
+            net, nn.CrossEntropyLoss(), torch.optim.Adam, train, epochs=2, seed=seed
+        ).history["train_loss"]
+
+    assert run(1, 10) == run(1, 20)
+    assert run(1, 10) != run(2, 10)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(lambda b: b, id="list"),
+        pytest.param(
+            lambda b: tuple(torch.cat(t) for t in zip(*b, strict=True)), id="tensors"
+        ),
+        pytest.param(iter, id="iterator"),
+        pytest.param(lambda b: (pair for pair in b), id="generator"),
+        pytest.param(
+            lambda b: DataLoader(
+                TensorDataset(*map(torch.cat, zip(*b, strict=True))), 6
+            ),
+            id="DataLoader",
+        ),
+    ],
+)
+def test_kinds_of_loaders(data):
+    batches = [CASES["mlp"].batch(6, seed) for seed in range(3)]
+    model = mlp()
+    result = quiet(
+        model,
+        nn.CrossEntropyLoss(),
+        ll.optim.SGD(lr=1e-30),
+        data(batches),
+        data(batches),
+        epochs=1,
+    )
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    expected = nn.functional.cross_entropy(model(x), y).item()
+    row = result.history[0]
+    assert row["train_loss"] == pytest.approx(expected, rel=1e-6)
+    assert row["val_loss"] == pytest.approx(expected, rel=1e-6)
+    assert row["n_train"] == row["n_val"] == 18
+
+
+def test_worker_processes():
+    train = DataLoader(TensorDataset(*CASES["mlp"].batch(12)), 4, num_workers=1)
+    result = quiet(
+        mlp(), nn.CrossEntropyLoss(), torch.optim.Adam, train, train, epochs=2
+    )
+    assert result.history["n_val"] == [12, 12]
+
+
+def test_inputs_in_tuples_and_dictionaries():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x, scale):
+            return self.linear(x) * scale
+
+    x, y = CASES["mlp"].batch()
+    for inputs in ((x, torch.ones(6, 1)), {"scale": torch.ones(6, 1), "x": x}):
+        quiet(Two(), nn.CrossEntropyLoss(), torch.optim.Adam, [(inputs, y)], epochs=1)
+
+
+def test_progress_prints_a_line_per_epoch(capsys):
+    ll.fit(
+        mlp(),
+        nn.CrossEntropyLoss(),
+        torch.optim.Adam,
+        [CASES["mlp"].batch()],
+        [CASES["mlp"].batch()],
+        epochs=2,
+    )
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("Epoch 2/2  train_loss ")
+    assert "val_loss" in lines[1]
+    assert "lr 0.001" in lines[1]
+
+
+def test_the_bar_shows_the_exact_running_mean(capsys, monkeypatch):
+    monkeypatch.setattr("lossloop._progress.SECONDS_BETWEEN_READS", -1.0)
+    ll.fit(
+        nn.Linear(1, 1),
+        lambda out, target: target,
+        ll.optim.SGD(lr=1e-9),
+        [(torch.zeros(n, 1), torch.full((n,), v)) for n, v in ((3, 1.0), (1, 5.0))],
+        epochs=1,
+    )
+    shown = capsys.readouterr().err
+    assert "train_loss 1" in shown
+    assert "train_loss 2" in shown
+
+
+def test_silent_runs_print_nothing_and_read_the_device_once_an_epoch(
+    capsys, monkeypatch
+):
+    reads = []
+    original = ll.Mean.read
+    monkeypatch.setattr(ll.Mean, "read", lambda m: reads.append(1) or original(m))
+    batches = [CASES["mlp"].batch(6, seed) for seed in range(5)]
+    quiet(mlp(), nn.CrossEntropyLoss(), torch.optim.Adam, batches, epochs=3)
+    assert len(reads) == 3
+    assert capsys.readouterr() == ("", "")
+
+
+# --- refused at the door --------------------------------------------------------------
+
+X, Y = CASES["mlp"].batch()
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(5, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x.unsqueeze(1))[0][:, 0]
+
+
+class Forgets(nn.Module):
+    """Writes to a buffer that is no part of its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x)
+
+
+def hooked():
+    model = mlp()
+    model[0].register_full_backward_hook(lambda *args: None)
+    return model
+
+
+def inf_input():
+    x = X.clone()
+    x[2, 1] = float("inf")
+    return [(x, Y)]
+
+
+def with_optimizer(model, make=torch.optim.SGD):
+    return {"model": model, "optimizer": make(model.parameters(), lr=0.1)}
+
+
+def scheduled(model, by, **more):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "schedule_by": by,
+        **more,
+    }
+
+
+REFUSED = {
+    "no batches": ({"train_loader": []}, ValueError, "train_loader has no batches"),
+    "empty loader": (
+        {"train_loader": DataLoader(TensorDataset(X, Y), 10, drop_last=True)},
+        ValueError,
+        "drop_last",
+    ),
+    "empty validation": ({"val_loader": []}, ValueError, "val_loader has no batches"),
+    "empty generator": (
+        {"train_loader": (b for b in ())},
+        ValueError,
+        "gave no batches",
+    ),
+    "no samples": (
+        {"train_loader": (X[:0], Y[:0])},
+        ValueError,
+        "at least one",
+    ),
+    "unequal tensors": ({"train_loader": (X, Y[:3])}, ValueError, r"\[6, 3\]"),
+    "one-shot": (
+        {"train_loader": iter([(X, Y)]), "epochs": 2},
+        ValueError,
+        "train_loader is a one-shot iterator",
+    ),
+    "one-shot validation": (
+        {"val_loader": (b for b in [(X, Y)]), "epochs": 2},
+        ValueError,
+        "val_loader is a one-shot iterator",
+    ),
+    "zero epochs": ({"epochs": 0}, ValueError, "at least 1, got 0"),
+    "epochs of another type": ({"epochs": 2.0}, TypeError, "must be an int, got 2.0"),
+    "a data set": (
+        {"train_loader": TensorDataset(X, Y)},
+        TypeError,
+        r"DataLoader\(train_loader, batch_size",
+    ),
+    "a tensor": ({"train_loader": X}, TypeError, "got a Tensor"),
+    "no loader": ({"train_loader": 3}, TypeError, "got a int"),
+    "broadcast": (
+        {"loss_fn": nn.MSELoss(), "train_loader": [(X, torch.randn(6))]},
+        ValueError,
+        "train_loader, batch 1.*MSELoss",
+    ),
+    "broadcast (N, 1)": (
+        {
+            "model": nn.Linear(5, 1),
+            "loss_fn": nn.L1Loss(),
+            "train_loader": [(X, torch.randn(6))],
+        },
+        ValueError,
+        r"\(6, 1\).*\(6,\).*squeeze",
+    ),
+    "validation broadcast": (
+        {
+            "model": nn.Linear(5, 1),
+            "loss_fn": nn.L1Loss(),
+            "train_loader": [(X, torch.randn(6, 1))],
+            "val_loader": [(X, torch.randn(6))],
+        },
+        ValueError,
+        "val_loader, batch 1",
+    ),
+    "label too large": ({"train_loader": [(X, Y + 7)]}, ValueError, "3"),
+    "label negative": ({"train_loader": [(X, Y - 3)]}, ValueError, "-"),
+    "float labels": ({"train_loader": [(X, Y.float())]}, TypeError, "long"),
+    "infinite input": (
+        {"train_loader": inf_input()},
+        ValueError,
+        r"inputs.*not finite.*\(2, 1\)",
+    ),
+    "nan target": (
+        {
+            "loss_fn": nn.MSELoss(),
+            "train_loader": [(X, torch.full((6, 3), float("nan")))],
+        },
+        ValueError,
+        "targets.*not finite",
+    ),
+    "scalar loss": (
+        {"loss_fn": nn.functional.cross_entropy},
+        ValueError,
+        "CrossEntropyLoss",
+    ),
+    "own scalar loss": (
+        {"loss_fn": lambda o, y: nn.functional.cross_entropy(o, y)},
+        ValueError,
+        "batch_mean",
+    ),
+    "batch of three": ({"train_loader": [(X, X, Y)]}, TypeError, "tuple of length 3"),
+    "batch of tensor": ({"train_loader": [X]}, TypeError, r"\(inputs, targets\)"),
+    "another model's optimizer": (
+        {"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1)},
+        ValueError,
+        "not the model's",
+    ),
+    "unsupported optimizer": (
+        with_optimizer(mlp(), torch.optim.LBFGS),
+        TypeError,
+        "LBFGS",
+    ),
+    "no optimizer": ({"optimizer": "adam"}, TypeError, "optimizer"),
+    "scheduler without unit": (
+        scheduled(mlp(), None),
+        ValueError,
+        "schedule_by='step'",
+    ),
+    "scheduler, other unit": (scheduled(mlp(), "batch"), ValueError, "'batch'"),
+    "unit without scheduler": ({"schedule_by": "step"}, ValueError, "scheduler"),
+    "scheduler of another optimizer": (
+        scheduled(mlp(), "step") | with_optimizer(mlp()),
+        ValueError,
+        "another optimizer",
+    ),
+    "scheduler, class of optimizer": (
+        scheduled(mlp(), "step", optimizer=torch.optim.SGD),
+        ValueError,
+        "instance",
+    ),
+    "nothing trainable": (
+        {"model": mlp().requires_grad_(False)},
+        ValueError,
+        "nothing is trainable",
+    ),
+    "lazy": ({"model": Lazy()}, ValueError, "model.linear.*not yet initialised"),
+    "meta": ({"model": mlp().to("meta")}, ValueError, "meta device"),
+    "hooks": ({"model": hooked()}, TypeError, r"model\.0.*backward hooks"),
+    "compiled": ({"model": torch.compile(mlp())}, TypeError, "compiled already"),
+    "wrapped": ({"model": nn.DataParallel(mlp())}, TypeError, r"\.module"),
+    "no module": ({"model": lambda x: x}, TypeError, "torch.nn.Module"),
+    "sparse": (
+        {"model": nn.Sequential(nn.Embedding(5, 3, sparse=True))},
+        ValueError,
+        "sparse=False",
+    ),
+    "recurrent, compiled": (
+        {"model": Recurrent(), "compile": True},
+        ValueError,
+        "allow_rnn",
+    ),
+    "compile": ({"compile": "yes"}, ValueError, "'auto', True or False"),
+    "hidden buffer": ({"model": Forgets()}, ValueError, "persistent=True"),
+    "clipping": ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm"),
+    "another model's objective": (
+        {"loss_fn": ll.supervised(mlp(), nn.CrossEntropyLoss())},
+        ValueError,
+        "another module",
+    ),
+    "everything ignored": (
+        {"loss_fn": nn.CrossEntropyLoss(ignore_index=0), "train_loader": [(X, Y * 0)]},
+        ValueError,
+        "no data is undefined",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_words_and_nothing_trained(case):
+    changes, error, words = REFUSED[case]
+    arguments = {
+        "model": mlp(),
+        "loss_fn": nn.CrossEntropyLoss(),
+        "optimizer": torch.optim.SGD,
+        "train_loader": [(X, Y)],
+        "epochs": 1,
+        **changes,
+    }
+    model = arguments["model"]
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    before = {k: t.clone() for k, t in state.items() if not nn.parameter.is_lazy(t)}
+    generator = torch.get_rng_state()
+    with pytest.raises(error, match=f"(?s){words}"):
+        quiet(**arguments)
+    for name, tensor in before.items():
+        assert tensor.is_meta or torch.equal(state[name], tensor)
+    if case != "everything ignored":
+        assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_recurrent_models_train_eagerly_by_default():
+    result = quiet(
+        Recurrent(), nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)], epochs=1
+    )
+    assert not result.compiled.compiled
+    assert "nn.GRU" in result.compiled.reason
+
+
+def test_peeking_at_validation_data_moves_no_generator():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            return X[i] + torch.rand(()) + np.random.rand() * 0.1, Y[i]
+
+    generator = torch.Generator().manual_seed(3)
+    val = DataLoader(Noisy(), 2, shuffle=True, generator=generator)
+    before = (
+        generator.get_state(),
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+    )
+    from lossloop._batches import peek
+
+    assert peek("val_loader", val) is not None
+    assert torch.equal(generator.get_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert (np.random.get_state()[1] == before[2]).all()

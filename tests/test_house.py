@@ -1,0 +1,102 @@
+"""The house rules: floors, public names, who reads the device, what is documented."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import lossloop as ll
+
+HOME = Path(ll.__file__).parent
+# A module may import from floors below its own only.
+FLOORS = [
+    {"_types"},
+    {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"},
+    {"_losses", "_optimizers", "_batches", "_progress"},
+    {"_objective", "optim", "_schedule"},
+    {"_step", "_fold"},
+    {"_compile", "_plan"},
+    {"_fit"},
+    {"_demo"},
+    {"__main__", "__init__"},
+]
+MODULES = sorted(path.stem for path in HOME.glob("*.py"))
+
+
+def tree(module):
+    return ast.parse((HOME / f"{module}.py").read_text())
+
+
+def imported(module):
+    names = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.module == "lossloop":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("lossloop."):
+            names.add(node.module.removeprefix("lossloop."))
+    return names
+
+
+def test_every_module_has_a_floor():
+    assert sorted(name for floor in FLOORS for name in floor) == MODULES
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_point_down(floor):
+    below = set().union(*FLOORS[:floor])
+    for module in FLOORS[floor]:
+        assert imported(module) <= below, f"{module} may import from {below}"
+
+
+def test_teeth_an_upward_import_is_seen():
+    assert "_step" in imported("_fit")
+    assert "_fit" not in set().union(*FLOORS[:6])
+
+
+def test_public_names_are_sorted_and_there():
+    assert ll.__all__ == sorted(ll.__all__)
+    assert all(hasattr(ll, name) for name in ll.__all__)
+    assert ll.__version__
+
+
+def _documented():
+    for module in (ll, ll.optim):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if callable(thing):
+                yield pytest.param(thing, id=f"{module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("thing", list(_documented()))
+def test_public_names_are_documented(thing):
+    doc = inspect.getdoc(thing)
+    assert doc
+    assert doc.splitlines()[0].endswith((".", "`", ")"))
+    if inspect.isfunction(thing):
+        assert ">>>" in doc, "every function shows an example that runs"
+        parameters = inspect.signature(thing).parameters
+        section = doc.partition("Args:")[2].partition("Returns:")[0]
+        for name in parameters:
+            assert f"{name}:" in section, f"{name} is not documented"
+
+
+READS = {"item", "tolist", "numpy", "cpu"}
+
+
+def test_who_reads_values_on_the_host():
+    """In training, the mean alone; the others look at a first batch or at the end."""
+    readers = {}
+    for module in MODULES:
+        for node in ast.walk(tree(module)):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if called and node.func.attr in READS:
+                readers.setdefault(module, set()).add(node.func.attr)
+    assert set(readers) <= {
+        "_mean",  # once per epoch
+        "_loss_checks",  # the first batch
+        "_objective",  # the first batch
+        "_optimizers",  # handing the state back to torch
+        "_fit",  # the rate, once per epoch
+        "_demo",
+    }
