@@ -239,7 +239,8 @@ def compile_step(
         >>> import lossloop as ll
         >>> goal = ll.supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
         >>> params, opt_state = ll.init(goal, torch.optim.SGD)
-        >>> step = ll.compile_step(ll.make_step(goal, torch.optim.SGD), backend="aot_eager")
+        >>> step = ll.make_step(goal, torch.optim.SGD)
+        >>> step = ll.compile_step(step, backend="aot_eager")
         >>> batch = (torch.ones(4, 2), torch.zeros(4, 1))
         >>> params, opt_state, loss_sum, n = step(params, opt_state, batch)
         >>> int(n)
