@@ -11,7 +11,7 @@ from lossloop._losses import batch_mean, loss_pair
 from lossloop._mean import Mean
 from lossloop._model import load_params
 from lossloop._objective import Objective, objective, supervised
-from lossloop._optimizers import from_torch, load_opt_state
+from lossloop._optimizers import follow, from_torch, load_opt_state
 from lossloop._step import init, make_eval_step, make_step
 from lossloop._types import Optimizer, OptState
 
@@ -30,6 +30,7 @@ __all__ = [
     "fit",
     "fold",
     "fold_eval",
+    "follow",
     "from_torch",
     "init",
     "load_opt_state",

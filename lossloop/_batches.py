@@ -1,16 +1,15 @@
 """What comes out of a loader, and how it reaches the step."""
 
-import random
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lossloop._random import host_generators_kept
 from lossloop._types import Batch
 
 
@@ -80,25 +79,23 @@ def length(loader: Iterable[Batch]) -> int | None:
 @contextmanager
 def _generators_kept(loader: Any) -> Generator[None]:
     """Puts every generator that reading a batch may move back to where it was."""
-    candidates = [
-        getattr(loader, "generator", None),
-        getattr(getattr(loader, "sampler", None), "generator", None),
-    ]
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    candidates = [torch.default_generator]
+    candidates += [getattr(owner, "generator", None) for owner in owners]
     own = {id(g): g for g in candidates if isinstance(g, torch.Generator)}
     states = [(g, g.get_state()) for g in own.values()]
-    default, python, numpy = (
-        torch.get_rng_state(),
-        random.getstate(),
-        np.random.get_state(),
-    )
     try:
-        yield
+        with host_generators_kept():
+            yield
     finally:
         for generator, state in states:
             generator.set_state(state)
-        torch.set_rng_state(default)
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def peek(name: str, loader: Iterable[Batch]) -> Batch | None:

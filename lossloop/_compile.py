@@ -1,11 +1,14 @@
 """The one place that compiles: a body, once for every shape of batch."""
 
+import re
 from collections.abc import Callable, Hashable, Sequence
 from types import FunctionType
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
+from torch._dynamo import lookup_backend
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
 from lossloop._random import seeded
@@ -18,6 +21,13 @@ compile_step: this step cannot be compiled as one graph: {why}
 It runs eagerly: use the step that make_step returned, or fit(..., compile=False).
 {hint}"""
 
+COMPILED_TOO_OFTEN = """\
+compile_step: this step was compiled again and again for one shape of batch, because
+something that it was compiled for keeps changing: a Python number that the model or the
+loss refers to, or the shapes of params. Make the number a tensor, in a buffer or in the
+batch. ({why})
+"""
+
 RNN_HINT = """\
 torch.compile does not take nn.RNN, nn.LSTM or nn.GRU by default. Set
 torch._dynamo.config.allow_rnn = True to have it unroll them (slow to compile), or
@@ -25,55 +35,124 @@ train eagerly.
 """
 
 # Guards are checked before every call, at up to a third of a small step's time. Those
-# on tensors, on the form of the arguments and on values that the caller's functions
-# refer to stay. Dropped are those that functions, classes and modules are still the
-# same objects, and all on torch's code, on ours, and on skeletons only we can reach.
-_IDENTITIES = frozenset(
-    {
-        "BUILTIN_MATCH",
-        "CLASS_MATCH",
-        "CLOSURE_MATCH",
-        "DUPLICATE_INPUT",
-        "EMPTY_NN_MODULE_HOOKS_DICT",
-        "ID_MATCH",
-        "MODULE_MATCH",
-        "NOT_PRESENT_IN_GENERIC_DICT",
-        "TYPE_MATCH",
-    }
+# on torch's code, on ours and on the skeletons that only we can reach are dropped;
+# what the caller's own classes, functions and modules of Python hold is still guarded.
+_NOBODY_CHANGES = re.compile(
+    r"__import_(torch|lossloop)(_dot_|'\])|__import__\('torch'\)|__builtins_dict__|__mro__"
 )
-_UNCHANGING = (
-    "__import_torch",
-    "__import_lossloop",
-    "__import__('torch')",
-    "__builtins_dict__",
-    "._body._modules",
-    ".__mro__",
+_SKELETON = re.compile(
+    r"\._body(\._modules\b(?!.*(type\(|__dict__|__closure__)).*)?$"
+    r"|\._body\._(parameters|buffers|\w*hooks\w*)"
 )
+_ALWAYS_TRUE = {"DUPLICATE_INPUT", "EMPTY_NN_MODULE_HOOKS_DICT"}
 
 
 def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     return [
-        guard.guard_type not in _IDENTITIES
-        and not any(mark in guard.name for mark in _UNCHANGING)
+        guard.guard_type not in _ALWAYS_TRUE
+        and not _NOBODY_CHANGES.search(guard.name)
+        and ("type(" in guard.name or not _SKELETON.search(guard.name))
         for guard in guards
     ]
 
 
 def batch_shape(batch: Batch) -> Hashable:
-    """What a compiled graph is specific to: form, shapes, strides, dtypes, device."""
+    """What a compiled graph is specific to: form, shapes, strides, dtypes, device.
+
+    None if there are leaves that are no tensors, which would be compiled in.
+    """
     if type(batch) in (tuple, list) and all(type(t) is Tensor for t in batch):
         leaves, form = batch, (type(batch), len(batch))
     else:
         leaves, form = pytree.tree_flatten(batch)
-        for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
-            if not isinstance(leaf, Tensor):
-                raise TypeError(
-                    f"compile_step: batch{pytree.keystr(path)} is a "
-                    f"{type(leaf).__name__}; a compiled step takes tensors only, "
-                    f"because any other value is compiled in. Make it a tensor, or "
-                    f"leave it out of the batch."
-                )
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            return None
     return form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
+
+
+def _no_tensor(batch: Batch) -> str:
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if not isinstance(leaf, Tensor):
+            return (
+                f"batch{pytree.keystr(path)} is a {type(leaf).__name__}, and a "
+                f"compiled step takes tensors only, because any other value would be "
+                f"compiled in. Make it a tensor, leave it out, or do not compile"
+            )
+    raise AssertionError
+
+
+class Plan(Protocol):
+    """Who decides whether to compile; see `lossloop._plan.CompilePlan`."""
+
+    def worth(self, shape: Hashable, args: tuple[Any, ...], /) -> bool:
+        """Whether to compile for this shape now."""
+        ...
+
+    def give_up(self, reason: str, /) -> bool:
+        """Whether to go on eagerly if it cannot be compiled."""
+        ...
+
+
+def _inductor(graph: Any, inputs: Any) -> Any:
+    # Imported late: it takes seconds, which a run that is not compiled need not spend.
+    from torch._inductor.compile_fx import compile_fx
+
+    # The guards know the sizes of the inputs already.
+    return compile_fx(graph, inputs, config_patches={"size_asserts": False})
+
+
+class _MustCompileError(Exception):
+    """A guard failed in a call that was not seeded: the new graph might draw."""
+
+
+class _Graph:
+    """One function compiled for one shape of batch.
+
+    A graph has no branches: it draws random numbers at every call, or never, and then
+    needs no seeding. When a value that the caller changes makes torch compile again,
+    that call is made again, seeded, because the new graph may be of the other kind.
+    """
+
+    def __init__(self, function: Callable[..., Any], backend: Any) -> None:
+        self._backend = backend
+        self._compiled = torch.compile(
+            _own_code(function),
+            fullgraph=True,
+            dynamic=False,
+            backend=self._compile,
+            options={"guard_filter_fn": _guards_to_keep},
+        )
+        self._seeded = False
+        self._draws = False
+        self._compilations = 0
+
+    def _compile(self, graph: Any, inputs: Any) -> Any:
+        if not self._seeded:
+            raise _MustCompileError
+        self._compilations += 1
+        return self._backend(graph, inputs)
+
+    def __call__(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
+        if not self._draws and self._compilations:
+            try:
+                return self._compiled(*args)
+            except BackendCompilerFailed as error:
+                if not isinstance(error.inner_exception, _MustCompileError):
+                    raise
+            except FailOnRecompileLimitHit as error:
+                raise RuntimeError(COMPILED_TOO_OFTEN.format(why=error)) from error
+        known = self._compilations
+        with seeding() as scope:
+            before = scope.states()
+            self._seeded = True
+            try:
+                result = self._compiled(*args)
+            finally:
+                self._seeded = False
+            if self._compilations > known:
+                drew = not all(map(torch.equal, before, scope.states()))
+                self._draws = self._draws or drew
+        return result
 
 
 class Compiled:
@@ -89,24 +168,25 @@ class Compiled:
         *,
         donate: bool = False,
         backend: str | Callable[..., Any] = "inductor",
-        worth: Callable[[Hashable, tuple[Any, ...]], bool] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self.function = function
         self._written = _donating(function) if donate else function
         self._donate = donate
-        self._backend = backend
-        self._options: dict[str, Any] = {"guard_filter_fn": _guards_to_keep}
-        if backend == "inductor":
-            self._options["size_asserts"] = False  # the guards know the sizes already
-        self._worth = worth
-        # For each shape the compiled function, and whether it draws random numbers:
-        # a graph has no branches, so it does so at every call or never.
-        self._by_shape: dict[Hashable, tuple[Callable[..., Any], bool]] = {}
+        self._plan = plan
+        self._backend: Callable[..., Any]
+        if not isinstance(backend, str):
+            self._backend = backend
+        else:
+            self._backend = (
+                _inductor if backend == "inductor" else lookup_backend(backend)
+            )
+        self._graphs: dict[Hashable, _Graph] = {}
 
     @property
     def compilations(self) -> int:
         """How many shapes of batch have been compiled."""
-        return len(self._by_shape)
+        return len(self._graphs)
 
     def __call__(self, seeding: Seeding, *args: Any) -> Any:
         """Calls the function for this shape of batch, compiling it if it is new."""
@@ -114,41 +194,43 @@ class Compiled:
         # one if a parameter requires a gradient.
         with torch.no_grad():
             shape = batch_shape(args[-1])
-            known = self._by_shape.get(shape)
-            if known is None:
-                with seeding() as scope:
-                    if self._worth is not None and not self._worth(shape, args):
-                        return self.function(*args)
-                    result = self._first_call(shape, args, scope)
+            graph = self._graphs.get(shape)
+            if graph is not None:
+                result = graph(seeding, args)
+            elif self._runs_eagerly(seeding, shape, args):
+                with seeding():
+                    return self.function(*args)
             else:
-                compiled, draws = known
-                if draws:
-                    with seeding():
-                        result = compiled(*args)
-                else:
-                    result = compiled(*args)
+                graph = _Graph(self._written, self._backend)
+                try:
+                    result = graph(seeding, args)
+                except Exception as error:
+                    return self._impossible(seeding, args, error)
+                self._graphs[shape] = graph
         # A donating function wrote into its arguments and returns only what is new.
         return (*args[:-1], *result) if self._donate else result
 
-    def _first_call(self, shape: Hashable, args: tuple[Any, ...], scope: seeded) -> Any:
-        compiled = torch.compile(
-            _own_code(self._written),
-            fullgraph=True,
-            dynamic=False,
-            backend=self._backend,
-            options=self._options,
-        )
-        before = scope.states()
-        try:
-            result = compiled(*args)
-        except Exception as error:
-            self.function(*args)  # the caller's own mistakes raise here, in plain words
-            why = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
-            hint = RNN_HINT if "RNN" in why else ""
-            raise RuntimeError(CANNOT_COMPILE.format(why=why, hint=hint)) from error
-        draws = not all(map(torch.equal, before, scope.states()))
-        self._by_shape[shape] = compiled, draws
-        return result
+    def _runs_eagerly(
+        self, seeding: Seeding, shape: Hashable, args: tuple[Any, ...]
+    ) -> bool:
+        if shape is None:
+            why = _no_tensor(args[-1])
+            if self._plan is None or not self._plan.give_up(why):
+                raise TypeError(f"compile_step: {why}.")
+            return True
+        with seeding():  # the plan may call the function to count its cost
+            return self._plan is not None and not self._plan.worth(shape, args)
+
+    def _impossible(
+        self, seeding: Seeding, args: tuple[Any, ...], error: Exception
+    ) -> Any:
+        with seeding():  # the caller's own mistakes raise here, in plain words
+            result = self.function(*args)
+        why = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
+        if self._plan is not None and self._plan.give_up(f"cannot be compiled: {why}"):
+            return result
+        hint = RNN_HINT if "RNN" in why else ""
+        raise RuntimeError(CANNOT_COMPILE.format(why=why, hint=hint)) from error
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

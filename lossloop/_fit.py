@@ -1,22 +1,24 @@
 """The front door: a whole training run, arranged from the public parts."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from lossloop._batches import as_batches, length, peek, to_device
+from lossloop._batches import as_batches, length, no_batches, peek, to_device
 from lossloop._compile import RNN_HINT, Compiled
 from lossloop._fold import fold, fold_eval
 from lossloop._history import History, Row
 from lossloop._mean import Mean
-from lossloop._model import device_of, load_params
+from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
-from lossloop._optimizers import load_opt_state
+from lossloop._optimizers import as_optimizer, load_opt_state
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
 from lossloop._progress import Progress
 from lossloop._schedule import Schedule
@@ -124,47 +126,40 @@ def fit(
         >>> result.history[-1]["train_loss"] < 0.01
         True
     """
-    if not isinstance(epochs, int) or isinstance(epochs, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"fit(epochs=...) must be an int, got {epochs!r}.")
-    if epochs < 1:
-        raise ValueError(f"fit(epochs=...) must be at least 1, got {epochs}.")
-    if compile not in ("auto", True, False):
-        raise ValueError(
-            f"fit(compile=...) must be 'auto', True or False, got {compile!r}."
-        )
+    _check_options(epochs, seed, compile, on_epoch)
+    check_functional("fit", model)
+    as_optimizer(optimizer)
+    schedule = Schedule(scheduler, schedule_by, optimizer)
     train = as_batches("train_loader", train_loader, epochs)
     val = None if val_loader is None else as_batches("val_loader", val_loader, epochs)
     if device is not None:
-        model.to(device)
+        model.to(torch.device(device))
     goal = loss_fn if isinstance(loss_fn, Objective) else supervised(model, loss_fn)
     if goal.model is not model:
         raise ValueError(
             "fit(model, objective, ...): the objective was made for another module. "
             "Make it with supervised(model, ...) or objective(model, ...) of this one."
         )
-    schedule = Schedule(scheduler, schedule_by, optimizer)
     params, opt_state = init(goal, optimizer, seed=seed)
     step = make_step(
         goal, optimizer, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
     )
     eval_step = make_eval_step(goal)
-    recurrent = has_rnn(model)
-    if recurrent and compile is True:
+    planned = partial(CompilePlan, wish=compile, epochs=epochs)
+    plan = planned(step.body.function, batches=length(train))
+    val_batches = None if val is None else length(val)
+    val_plan = planned(eval_step.body.function, batches=val_batches)
+    if has_rnn(model) and not plan.give_up(RNN_HINT):
         raise ValueError(f"fit(compile=True): {RNN_HINT}")
-    train_body, eval_body = step.body.function, eval_step.body.function
-    batches = None if val is None else length(val)
-    plan = CompilePlan(compile, train_body, epochs=epochs, batches=length(train))
-    val_plan = CompilePlan(compile, eval_body, epochs=epochs, batches=batches)
-    if recurrent:
-        plan.choice = CompileChoice(compiled=False, reason=RNN_HINT)
-    elif compile is not False:
+    if compile is not False and not has_rnn(model):
         # The tensors of params and opt_state are our own: the step may write to them.
-        step = TrainStep(Compiled(train_body, donate=True, worth=plan.worth))
-        eval_step = EvalStep(Compiled(eval_body, worth=val_plan.worth))
+        step = TrainStep(Compiled(step.body.function, donate=True, plan=plan))
+        eval_step = EvalStep(Compiled(eval_step.body.function, plan=val_plan))
 
     if val is not None and (batch := peek("val_loader", val)) is not None:
-        where = "val_loader, batch 1"
-        goal.check(where, params, to_device(batch, device_of(params)))
+        batch = to_device(batch, device_of(params))
+        goal.check("val_loader, batch 1", params, batch)
+    schedule.begin(opt_state)
     bar = Progress(shown=progress, epochs=epochs, batches=length(train))
 
     def on_step(opt_state: OptState, mean: Mean) -> OptState:
@@ -177,7 +172,7 @@ def fit(
         for epoch in range(1, epochs + 1):
             bar.begin(epoch)
             start = perf_counter()
-            batches = _checked(goal, params, train) if epoch == 1 else train
+            batches = _checked(goal, params, opt_state, train) if epoch == 1 else train
             params, opt_state, mean = fold(
                 step, params, opt_state, batches, on_step=on_step
             )
@@ -187,22 +182,23 @@ def fit(
             if val is not None:
                 val_loss, n_val = fold_eval(eval_step, params, val).value_and_weight()
             load_params(model, params)
-            row = {
-                "epoch": epoch,
-                "step": int(opt_state.step),
-                "train_loss": train_loss,
-                "val_loss": val_loss,
-                "lr": _rate(opt_state),
-                "seconds": seconds,
-                "n_train": n_train,
-                "n_val": n_val,
-            }
-            history = history.append(row)
+            history = history.append(
+                {
+                    "epoch": epoch,
+                    "step": int(opt_state.step),
+                    "train_loss": train_loss,
+                    "val_loss": val_loss,
+                    "lr": schedule.rate,
+                    "seconds": seconds,
+                    "n_train": n_train,
+                    "n_val": n_val,
+                }
+            )
             if val_loss is not None and val_loss < best_loss:
                 best_loss, best_epoch = val_loss, epoch
                 if restore_best:
                     best = {name: t.clone() for name, t in params.items()}
-            bar.end(row)
+            bar.end(history[-1])
             if on_epoch is not None:
                 on_epoch(EpochRecord(history[-1], params))
             plan.end_epoch()
@@ -220,19 +216,45 @@ def fit(
     return Result(history, params, opt_state, best_epoch, plan.choice)
 
 
+def _check_options(epochs: Any, seed: Any, compile: Any, on_epoch: Any) -> None:
+    for name, value in (("epochs", epochs), ("seed", seed)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"fit({name}=...) must be an int, got {value!r}.")
+    if epochs < 1:
+        raise ValueError(f"fit(epochs=...) must be at least 1, got {epochs}.")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"fit(seed=...) must fit into 64 bits, got {seed}.")
+    if not (compile is True or compile is False or compile == "auto"):
+        raise ValueError(
+            f"fit(compile=...) must be 'auto', True or False, got {compile!r}."
+        )
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(
+            f"fit(on_epoch=...) must be a function of an EpochRecord, got {on_epoch!r}."
+        )
+
+
 def _checked(
-    goal: Objective, params: Params, batches: Iterable[Batch]
+    goal: Objective, params: Params, opt_state: OptState, batches: Iterable[Batch]
 ) -> Iterator[Batch]:
     """The batches, the first of which is looked at before anything is trained on it."""
     iterator = iter(batches)
-    for first in iterator:
-        where = "train_loader, batch 1"
-        goal.check(where, params, to_device(first, device_of(params)))
-        return itertools.chain([first], iterator)
-    return iterator
-
-
-def _rate(opt_state: OptState) -> float | None:
-    """The rate of the first group; None if the optimizer is not one of ours."""
-    slots = opt_state.slots
-    return slots.groups[0].hyper["lr"].item() if isinstance(slots, Slots) else None
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise no_batches("train_loader") from None
+    batch = to_device(first, device_of(params))
+    goal.check("train_loader, batch 1", params, batch)
+    groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
+    decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
+    if decayed:
+        decayed &= goal.without_gradient(params, batch)
+        if decayed:
+            warnings.warn(
+                f"fit: the loss of the first batch does not depend on "
+                f"{sorted(decayed)}. Their gradient is zero, so weight decay shrinks "
+                f"them, where torch.optim would leave them alone. Freeze them with "
+                f"requires_grad_(False) if they are not used.",
+                stacklevel=3,
+            )
+    return itertools.chain([first], iterator)

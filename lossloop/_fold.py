@@ -51,15 +51,15 @@ def fold(
     device = device_of(params)
     mean = Mean.empty(device)
     seen = False
-    with torch.no_grad():
-        for batch in batches:
+    for batch in batches:
+        with torch.no_grad():  # not around the loader, which is the caller's
             params, opt_state, loss_sum, n = step(
                 params, opt_state, to_device(batch, device)
             )
-            mean = mean.add(loss_sum, n)
-            if on_step is not None:
-                opt_state = on_step(opt_state, mean)
-            seen = True
+        mean = mean.add(loss_sum, n)
+        if on_step is not None:
+            opt_state = on_step(opt_state, mean)
+        seen = True
     if not seen:
         raise no_batches("fold: the loader")
     return params, opt_state, mean

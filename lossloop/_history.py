@@ -1,7 +1,6 @@
 """What the epochs of a run came to, as rows and as columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, overload
 
 Row = Mapping[str, Any]
@@ -24,7 +23,7 @@ class History(Sequence[Row]):
     """
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
-        self._rows = [MappingProxyType(dict(row)) for row in rows]
+        self._rows = [dict(row) for row in rows]
 
     @overload
     def __getitem__(self, key: str) -> list[Any]: ...
@@ -42,15 +41,15 @@ class History(Sequence[Row]):
             return [row[key] for row in self._rows]
         if isinstance(key, slice):
             return History(self._rows[key])
-        return self._rows[key]
+        return dict(self._rows[key])
 
     def __len__(self) -> int:
         """The number of epochs."""
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows, in order."""
-        return iter(self._rows)
+        """The rows, in order; copies, so that the history stays as it is."""
+        return map(dict, self._rows)
 
     @property
     def columns(self) -> tuple[str, ...]:

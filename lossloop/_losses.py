@@ -89,7 +89,9 @@ def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
     _check_loss_fn(loss_fn)
     rule = _rule(loss_fn)
     if rule is None:
-        return functools.partial(_function_pair, loss_fn)
+        # A module may keep state of its own; the caller's is not touched.
+        own = copy.deepcopy(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn
+        return functools.partial(_function_pair, own)
 
     module = _private_copy(loss_fn)
     weigh = rule.weigh
@@ -357,7 +359,7 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
     result = loss_fn(output, target)
     kind = type(result).__name__
     if isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) == 2:
-        return _pair(loss_fn, *cast(tuple[Any, Any], result))
+        return as_pair(loss_name(loss_fn), result)
     if not isinstance(result, Tensor):
         raise TypeError(
             f"{loss_name(loss_fn)}: returned {kind}. Return a tensor with "
@@ -369,7 +371,8 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
             "not be known, and means of batches do not add up to the mean of all. "
             f"{_remedy_for_scalar(loss_fn)}"
         )
-    _check_real(loss_fn, result)
+    _check_real(loss_name(loss_fn), result)
+    _check_rows(loss_fn, output, target, result)
     if isinstance(output, Tensor) and isinstance(target, Tensor):
         shapes = output.shape, target.shape
         if result.shape not in shapes and result.shape == _broadcast(*shapes):
@@ -383,12 +386,25 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
     return _sum(result), _whole(result.numel(), result)
 
 
-def _pair(loss_fn: Callable[..., Any], loss_sum: Any, n: Any) -> LossPair:
+def as_pair(where: str, result: Any) -> LossPair:
+    """What a user's function returned, as a pair: 0-d, `n` exact and without gradient.
+
+    Raises:
+        TypeError: If it is no pair of a tensor and a tensor or number.
+        ValueError: If either holds more than one number.
+    """
+    if not isinstance(result, tuple) or len(cast(tuple[Any, ...], result)) != 2:
+        shape = f" of shape {tuple(result.shape)}" if isinstance(result, Tensor) else ""
+        raise TypeError(
+            f"{where}: returned a {type(result).__name__}{shape}. Return the pair "
+            "(loss_sum, n): the sum of the weighted losses and the sum of the weights, "
+            "like (losses.sum(), losses.numel()); never a mean, whose weight is lost."
+        )
+    loss_sum, n = cast(tuple[Any, Any], result)
     if not isinstance(loss_sum, Tensor) or not isinstance(n, (Tensor, int, float)):
         raise TypeError(
-            f"{loss_name(loss_fn)}: returned ({type(loss_sum).__name__}, "
-            f"{type(n).__name__}). Return (loss_sum, n): a tensor, and a tensor or "
-            "a number."
+            f"{where}: returned ({type(loss_sum).__name__}, {type(n).__name__}). "
+            "Return (loss_sum, n): a tensor, and a tensor or a number."
         )
     if not isinstance(n, Tensor):
         dtype = (
@@ -397,12 +413,12 @@ def _pair(loss_fn: Callable[..., Any], loss_sum: Any, n: Any) -> LossPair:
         n = torch.full((), n, dtype=dtype, device=loss_sum.device)
     if loss_sum.numel() != 1 or n.numel() != 1:
         raise ValueError(
-            f"{loss_name(loss_fn)}: returned (loss_sum, n) of shapes "
+            f"{where}: returned (loss_sum, n) of shapes "
             f"{tuple(loss_sum.shape)} and {tuple(n.shape)}, but each is one number. "
             "Add the losses up, and the weights: (losses * w).sum(), w.sum()."
         )
-    _check_real(loss_fn, loss_sum)
-    _check_real(loss_fn, n)
+    _check_real(where, loss_sum)
+    _check_real(where, n)
     real = n.is_floating_point()
     dtype = accumulator_dtype(loss_sum.device) if real else torch.int64
     n = n.detach().reshape(()).to(loss_sum.device, dtype)
@@ -416,10 +432,27 @@ def _broadcast(*shapes: torch.Size) -> torch.Size | None:
         return None
 
 
-def _check_real(loss_fn: Callable[..., Any], value: Tensor) -> None:
+def _check_rows(
+    loss_fn: Callable[..., Any], output: Any, target: Any, losses: Tensor
+) -> None:
+    rows = [tensor.shape[0] for tensor in (output, target) if _is_batch(tensor)]
+    if rows and losses.numel() < min(rows):
+        raise ValueError(
+            f"{loss_name(loss_fn)}: returned {losses.numel()} losses, of shape "
+            f"{tuple(losses.shape)}, for {min(rows)} samples: it has averaged over "
+            "samples, and the weight of such a mean is lost. Return one loss per "
+            "sample, for example losses.mean(dim=1), or the pair (loss_sum, n)."
+        )
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _check_real(where: str, value: Tensor) -> None:
     if value.is_complex():
         raise TypeError(
-            f"{loss_name(loss_fn)}: returned a complex tensor ({value.dtype}); a loss "
+            f"{where}: returned a complex tensor ({value.dtype}); a loss "
             "is a real number. Return its abs() or real part."
         )
 

@@ -61,6 +61,8 @@ class Mean(NamedTuple):
             n: Sum of weights, shape ().
         """
         if self.low is None:
+            if n.is_floating_point():
+                n = n.to(self.total.dtype)  # or the sum would be kept in its precision
             return Mean(self.total + loss_sum, self.weight + n)
         dtype = self.total.dtype
         total, total_error = _two_sum(self.total, loss_sum.to(dtype))

@@ -18,9 +18,13 @@ def model_params(model: nn.Module) -> Params:
 
     The names are those of `model.state_dict()`; the tensors are not copied.
     """
-    saved = model.state_dict(keep_vars=True)
-    tensors: Params = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if name in saved}
+    passing = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+    }
+    buffers = {k: t for k, t in model.named_buffers() if k not in passing}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def device_of(params: Params) -> torch.device:
@@ -103,6 +107,15 @@ def check_functional(where: str, model: nn.Module) -> None:
                 "it has full backward hooks, which torch.func does not run. "
                 "Remove them, or compute what they do in the loss.",
             )
+        if _train_moves_weights(module):
+            refuse(
+                TypeError,
+                name,
+                module,
+                "its train() changes weights (merging adapters, for example), so that "
+                "its tensors are not the same in training and evaluation. Switch that "
+                "off, or merge after training.",
+            )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             refuse(
                 ValueError,
@@ -115,6 +128,16 @@ def check_functional(where: str, model: nn.Module) -> None:
             *module.named_buffers(recurse=False),
         ]
         for key, tensor in tensors:
+            if tensor._backward_hooks or getattr(  # pyright: ignore[reportPrivateUsage]
+                tensor, "_post_accumulate_grad_hooks", None
+            ):
+                refuse(
+                    TypeError,
+                    name,
+                    module,
+                    f"its {key} has gradient hooks, which torch.func does not run. "
+                    f"Remove them; clipping is an option of make_step and fit.",
+                )
             if nn.parameter.is_lazy(tensor):
                 refuse(
                     ValueError,
@@ -131,6 +154,20 @@ def check_functional(where: str, model: nn.Module) -> None:
                     f"its {key} is on the meta device and has no values. Call "
                     f"model.to_empty(device=...) and initialise it first.",
                 )
+
+
+def _train_moves_weights(module: nn.Module) -> bool:
+    if type(module).train is nn.Module.train or any(
+        nn.parameter.is_lazy(t) or t.is_meta for t in module.parameters()
+    ):
+        return False
+    twin = copy.deepcopy(module)
+    for mode in (not module.training, module.training):
+        twin.train(mode)
+        pairs = zip(twin.parameters(), module.parameters(), strict=True)
+        if not all(torch.equal(moved, kept) for moved, kept in pairs):
+            return True
+    return False
 
 
 class _Body(nn.Module):
@@ -163,7 +200,16 @@ def skeleton(model: nn.Module, *, train: bool) -> nn.Module:
             # Left behind by hooks (old weight_norm): deepcopy refuses them.
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo).train(train)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except (TypeError, RecursionError) as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be copied, which a pure function of it "
+            f"needs: {error}. Keep what cannot be copied (locks, files, generators of "
+            f"Python) out of the module."
+        ) from error
+    copied.train(train)
+    return copied
 
 
 class FunctionalModel:
@@ -187,6 +233,9 @@ class FunctionalModel:
         tensors = {f"model.{name}": tensor for name, tensor in params.items()}
         for name in self._buffers:
             tensors[f"model.{name}"] = params[name].clone()
+        given = {name: tensors[f"model.{name}"] for name in self._buffers}
         result = functional_call(self._body, tensors, args)
-        # functional_call leaves in the dictionary what the module assigned meanwhile.
-        return result, {name: tensors[f"model.{name}"] for name in self._buffers}
+        # functional_call leaves in the dictionary what the module assigned meanwhile,
+        # which may be a tensor of the batch: a step must not hand that out as state.
+        left = {name: tensors[f"model.{name}"] for name in self._buffers}
+        return result, {k: t if t is given[k] else t.clone() for k, t in left.items()}

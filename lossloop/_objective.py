@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lossloop._losses import check_loss, loss_pair
+from lossloop._losses import as_pair, check_loss, loss_pair
 from lossloop._model import (
     FunctionalModel,
     check_functional,
@@ -15,38 +15,16 @@ from lossloop._model import (
     model_params,
     skeleton,
 )
-from lossloop._random import seeded
-from lossloop._types import Batch, LossPair, Params, accumulator_dtype
+from lossloop._random import host_generators_kept, seeded
+from lossloop._types import Batch, LossPair, Params
 
-NOT_A_PAIR = """\
-{where} must return (loss_sum, n): the sum of the weighted losses and the sum of the
-weights, both tensors of shape (); got {got}.
-
-    return losses.mean()                                     # not this: weight unknown
-    return losses.sum(), torch.tensor(losses.numel())        # this
+HIDDEN_STATE = """\
+the model or the loss is no pure function: called twice with the same parameters,
+batch and random seed it gave {one} and then {other}. It keeps something between calls
+(a counter, a plain attribute, a buffer with persistent=False), or draws random numbers
+from elsewhere than torch's default generator (Python, numpy, a generator of its own).
+Register what it keeps as a buffer; draw with torch.rand and the like.\
 """
-
-
-def _as_pair(where: str, result: Any) -> LossPair:
-    if not (isinstance(result, tuple) and len(result) == 2):
-        got = (
-            f"a tensor of shape {tuple(result.shape)}"
-            if isinstance(result, Tensor)
-            else type(result).__name__
-        )
-        raise TypeError(NOT_A_PAIR.format(where=where, got=got))
-    loss_sum, n = result
-    if not isinstance(loss_sum, Tensor) or loss_sum.ndim:
-        shape = tuple(getattr(loss_sum, "shape", ()))
-        got = f"loss_sum of type {type(loss_sum).__name__} and shape {shape}"
-        raise TypeError(NOT_A_PAIR.format(where=where, got=got))
-    if isinstance(n, int | float):
-        n = torch.tensor(n, device=loss_sum.device)
-    if not isinstance(n, Tensor) or n.ndim:
-        shape = tuple(getattr(n, "shape", ()))
-        got = f"n of type {type(n).__name__} and shape {shape}"
-        raise TypeError(NOT_A_PAIR.format(where=where, got=got))
-    return loss_sum.to(accumulator_dtype(loss_sum.device)), n.detach()
 
 
 class Objective:
@@ -88,12 +66,12 @@ class Objective:
     def train(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
         """Returns `(loss_sum, n, buffers)` in train mode, the buffers as written."""
         result, buffers = self._train(params, batch)
-        return *_as_pair(self._where, result), buffers
+        return *as_pair(self._where, result), buffers
 
     def evaluate(self, params: Params, batch: Batch) -> LossPair:
         """Returns `(loss_sum, n)` in eval mode."""
         result, _ = self._eval(params, batch)
-        return _as_pair(self._where, result)
+        return as_pair(self._where, result)
 
     def init(self) -> Params:
         """A detached copy of the model's parameters and buffers."""
@@ -104,36 +82,101 @@ class Objective:
 
         Args:
             place: What to call the batch in a message, like "train_loader, batch 1".
-            params: Parameters to call the model with; they are not changed.
-            batch: The batch; it is not changed, and no generator moves.
+            params: Parameters to call the model with; copies are used.
+            batch: The batch; a copy is used, and no generator moves.
 
         Raises:
             ValueError: If an input or target is not finite, if the loss refuses the
-                batch, or if the model writes to a buffer that `state_dict` leaves out.
+                batch, or if the model or the loss is no pure function: it writes to
+                its inputs, or gives something else when called again.
             TypeError: If the batch or the returned pair has the wrong form.
         """
-        constants = {
-            name: (buffer, buffer.clone())
-            for name, buffer in self._skeleton.named_buffers()
-            if not buffer.is_meta
-        }
         try:
-            with torch.no_grad(), seeded(0, device_of(params)):
-                result, _ = self._check(params, batch)
-            if result is not None:
-                _as_pair(self._where, result)
-            for name, (buffer, before) in constants.items():
-                if not torch.equal(buffer, before):
-                    raise ValueError(
-                        f"model.{name} is written by forward, but it is registered "
-                        f"with persistent=False, so it is no part of the params that a "
-                        f"step returns. Register it with persistent=True."
-                    )
+            with torch.no_grad(), host_generators_kept():
+                with seeded(0, device_of(params)):
+                    self._check(*_cloned((params, batch)))
+                first, again = (self._look(params, batch) for _ in range(2))
+                for one, other in zip(first, again, strict=True):
+                    if not torch.allclose(one, other, rtol=1e-4, equal_nan=True):
+                        raise ValueError(HIDDEN_STATE.format(one=one, other=other))
         except Exception as error:
             if type(error) in (TypeError, ValueError):
                 raise type(error)(f"{place}: {error}") from error
             error.add_note(f"This happened while lossloop looked at {place}.")
             raise
+
+    def _look(self, params: Params, batch: Batch) -> LossPair:
+        """Calls the loss on copies, and refuses what it wrote where it must not."""
+        own_params, own_batch = _cloned((params, batch))
+        constants = {
+            name: (buffer, buffer.clone())
+            for name, buffer in self._skeleton.named_buffers()
+            if not buffer.is_meta
+        }
+        with seeded(0, device_of(params)):
+            loss_sum, n, buffers = self.train(own_params, own_batch)
+        for name, (buffer, before) in constants.items():
+            if not _same(buffer, before):
+                raise ValueError(
+                    f"forward writes into model.{name}, which is registered with "
+                    f"persistent=False and so is no part of the params that a step "
+                    f"returns. Register it with persistent=True."
+                )
+        for name, param in params.items():
+            if not _same(param, own_params[name]):
+                raise ValueError(
+                    f"forward writes into the parameter {name} in place. Register "
+                    f"tensors that forward is to change as buffers."
+                )
+        paths = pytree.tree_flatten_with_path(batch)[0]
+        after = pytree.tree_leaves(own_batch)
+        for (path, leaf), own_leaf in zip(paths, after, strict=True):
+            if isinstance(leaf, Tensor) and not _same(leaf, own_leaf):
+                raise ValueError(
+                    f"the model or the loss writes into batch{pytree.keystr(path)} in "
+                    f"place. Copy it first, and build the first layers with "
+                    f"inplace=False."
+                )
+        for name, buffer in buffers.items():
+            kept = params[name]
+            if (buffer.shape, buffer.dtype) != (kept.shape, kept.dtype):
+                raise ValueError(
+                    f"forward turns the buffer {name} of shape {tuple(kept.shape)} and "
+                    f"{kept.dtype} into one of shape {tuple(buffer.shape)} and "
+                    f"{buffer.dtype}; a step must return what it was given."
+                )
+        return loss_sum, n
+
+    def without_gradient(self, params: Params, batch: Batch) -> set[str]:
+        """Names of trainable parameters that this batch's loss does not depend on.
+
+        Raises:
+            ValueError: If it depends on none of them.
+        """
+        leaves = {k: params[k].clone().requires_grad_() for k in self.trainable}
+        with torch.enable_grad(), seeded(0, device_of(params)):
+            loss_sum, _, _ = self.train({**params, **leaves}, _cloned(batch))
+            if not loss_sum.requires_grad:
+                raise ValueError(
+                    "the loss does not depend on any trainable parameter: something "
+                    "between them is detached, or no operator has a derivative."
+                )
+            grads = torch.autograd.grad(
+                loss_sum, list(leaves.values()), allow_unused=True
+            )
+        found = zip(leaves, grads, strict=True)
+        return {name for name, grad in found if grad is None}  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def _cloned(tree: Any) -> Any:
+    def clone(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(clone, tree)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 class FunctionObjective:
@@ -152,7 +195,7 @@ class FunctionObjective:
 
     def evaluate(self, params: Params, batch: Batch) -> LossPair:
         """Returns `(loss_sum, n)`."""
-        return _as_pair("the objective", self.function(params, batch))
+        return as_pair("the objective", self.function(params, batch))
 
 
 def as_objective(
@@ -215,9 +258,9 @@ def supervised(model: nn.Module, loss_fn: Callable[..., Any]) -> Objective:
     Args:
         model: The module to train; see `objective`.
         loss_fn: A loss module of `torch.nn` (class weights, `ignore_index`, label
-            smoothing and the rest count as in its own `reduction="mean"`; its
-            `reduction` does not matter); or a function `(output, targets)` that
-            returns one loss per sample, or `(loss_sum, n)`.
+            smoothing and the rest count as in its own `reduction="mean"`, whatever its
+            `reduction`; `KLDivLoss` keeps "batchmean"); or a function
+            `(output, targets)` that returns one loss per sample, or `(loss_sum, n)`.
 
     Returns:
         The objective, for `make_step`, `make_eval_step`, `init` and `fit`.

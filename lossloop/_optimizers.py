@@ -105,35 +105,40 @@ def _scalar(value: float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def hyper_from_torch(
+def follow(
     optimizer: TorchOptimizer,
-    slots: Slots,
+    opt_state: OptState,
     before: Sequence[dict[str, float]] | None = None,
-) -> Slots:
-    """Slots whose hyper-parameters are those of the torch optimizer's param groups now.
+) -> OptState:
+    """The state with the hyper-parameters that a torch optimizer's groups hold now.
 
     For learning-rate schedulers of torch, which write their rates there. The device is
-    not read.
+    not read, and the step is not compiled again.
 
     Args:
-        optimizer: The instance that `from_torch` was given.
-        slots: The slots so far.
-        before: `host_hyper(optimizer)` when the slots were last brought up to date;
+        optimizer: The instance that the state was made for.
+        opt_state: The state so far.
+        before: `host_hyper(optimizer)` when the state was last brought up to date;
             only values that differ from it become new tensors. Without it, all do.
+
+    Returns:
+        The state to make the next step with.
 
     Raises:
         ValueError: If param groups came or went, or an option that shapes the graph
             changed: weight decay from zero to something, for example.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> torch_sgd = torch.optim.SGD([weight], lr=0.5)
-        >>> slots = from_torch(torch_sgd).init({"weight": weight})
-        >>> before = host_hyper(torch_sgd)
-        >>> torch_sgd.param_groups[0]["lr"] = 0.25
-        >>> hyper_from_torch(torch_sgd, slots, before).groups[0].hyper["lr"].item()
+        >>> import lossloop as ll
+        >>> model = torch.nn.Linear(2, 1)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> goal = ll.supervised(model, torch.nn.MSELoss())
+        >>> params, opt_state = ll.init(goal, sgd)
+        >>> sgd.param_groups[0]["lr"] = 0.25  # as a scheduler does
+        >>> ll.follow(sgd, opt_state).slots.groups[0].hyper["lr"].item()
         0.25
     """
+    slots = cast(Slots, opt_state.slots)
     rule = _rule(type(optimizer))
     _same_number_of_groups(optimizer, len(slots.groups))
     groups: list[Group] = []
@@ -154,7 +159,7 @@ def hyper_from_torch(
             if before is None or before[index].get(name, 0.0) != now.get(name, 0.0)
         }
         groups.append(group._replace(hyper={**group.hyper, **changed}))
-    return Slots(tuple(groups))
+    return opt_state._replace(slots=Slots(tuple(groups)))
 
 
 def _same_number_of_groups(optimizer: TorchOptimizer, number: int) -> None:
@@ -361,6 +366,12 @@ def from_torch(optimizer: TorchLike, **hyperparameters: Any) -> Optimizer:
 def _from_instance(optimizer: TorchOptimizer) -> Optimizer:
     rule = _rule(type(optimizer))
     _check_options(optimizer, rule)
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(optimizer, name, None) for name in hooks):
+        raise TypeError(
+            f"{type(optimizer).__name__} has step hooks, which would not be run: its "
+            f"formulas are used, not its step(). Remove them"
+        )
     statics = _statics(optimizer)
 
     def init(params: Params) -> Slots:
@@ -370,6 +381,8 @@ def _from_instance(optimizer: TorchOptimizer) -> Optimizer:
                 f"options of {type(optimizer).__name__} that shape its formula were "
                 f"changed after it was passed to lossloop: pass it again"
             )
+        # Tells schedulers built on it that it does step, by other means.
+        cast(Any, optimizer)._opt_called = True
         names = {id(param): name for name, param in params.items()}
         groups: list[Group] = []
         for index, options in enumerate(optimizer.param_groups):

@@ -5,18 +5,19 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import _dynamo, nn  # pyright: ignore[reportPrivateUsage]
+from torch import Tensor, _dynamo, nn  # pyright: ignore[reportPrivateUsage]
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-# What compilation saves and costs, as measured by benchmarks/compile_cost.py on two
-# cores: an operator that is not dispatched saves its overhead, fusion saves part of the
-# arithmetic, and every operator adds to the time of compiling with a cold cache.
-SECONDS_SAVED_PER_OPERATOR = 3e-6
-SECONDS_SAVED_PER_FLOP = {"cpu": 5e-12, "cuda": 2e-14}
-SECONDS_TO_COMPILE = 5.0
-SECONDS_TO_COMPILE_PER_OPERATOR = 0.02
+# What compilation saves and costs, as measured by benchmarks/compile_cost.py on one
+# core: an operator that is not dispatched saves its overhead, one that is fused saves
+# writing its result, and every operator adds to the time of compiling from scratch.
+# What matrix products and convolutions compute, they compute compiled or not. On a GPU
+# the first two are the time to launch a kernel and to write to memory, estimated.
+SECONDS_SAVED_PER_OPERATOR = {"cpu": 7e-6, "cuda": 1e-5}
+SECONDS_SAVED_PER_ELEMENT = {"cpu": 1e-9, "cuda": 1e-11}
+SECONDS_TO_COMPILE = 8.0
+SECONDS_TO_COMPILE_PER_OPERATOR = 0.03
 FEWEST_STEPS = 100  # below, the cost is not even counted
 
 
@@ -24,12 +25,15 @@ class Cost(NamedTuple):
     """The counted cost of one call of a step."""
 
     operators: int
-    flops: int
+    elements: int  # written, by all operators together
 
     def saved(self, device: str) -> float:
         """Estimated seconds that a compiled call is faster than an eager one."""
-        per_flop = SECONDS_SAVED_PER_FLOP.get(device, SECONDS_SAVED_PER_FLOP["cuda"])
-        return self.operators * SECONDS_SAVED_PER_OPERATOR + self.flops * per_flop
+        kind = device if device in SECONDS_SAVED_PER_OPERATOR else "cuda"
+        return (
+            self.operators * SECONDS_SAVED_PER_OPERATOR[kind]
+            + self.elements * SECONDS_SAVED_PER_ELEMENT[kind]
+        )
 
     def compilation(self) -> float:
         """Estimated seconds of compiling it with a cold cache."""
@@ -43,26 +47,29 @@ class CompileChoice(NamedTuple):
     reason: str
 
 
-class _OperatorCounter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.operators = 0
+        self.operators = self.elements = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        result = func(*args, **(kwargs or {}))
         self.operators += 1
-        return func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = (t for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
+            self.elements += sum(t.numel() for t in tensors)
+        return result
 
 
-def count_cost(body: Callable[..., Any], args: tuple[Any, ...]) -> Cost:
-    """Counts the operators and FLOPs of a pure body by calling it once."""
-    flops = FlopCounterMode(display=False)
+def count_cost(function: Callable[..., Any], args: tuple[Any, ...]) -> Cost:
+    """Counts what a pure function does by calling it once."""
+    counter = _Counter()
     cuda = [t.device for t in pytree.tree_leaves(args) if t.is_cuda][:1]
-    counter = _OperatorCounter()
-    with torch.random.fork_rng(cuda), torch.no_grad(), flops, counter:
-        body(*args)
-    return Cost(counter.operators, flops.get_total_flops())
+    with torch.random.fork_rng(cuda), torch.no_grad(), counter:
+        function(*args)
+    return Cost(counter.operators, counter.elements)
 
 
 def has_rnn(model: nn.Module) -> bool:
@@ -74,10 +81,10 @@ def has_rnn(model: nn.Module) -> bool:
 class CompilePlan:
     """Says of each shape of batch, when it comes, whether to compile it now.
 
-    The first shape is worth compiling if the planned number of its steps saves more
-    than compiling costs (or if the caller says so); another shape, such as that of the
-    odd last batch, if it will recur often enough, judging by how often it has come in
-    this epoch and how many epochs are left.
+    The first shape is compiled if the planned number of its steps saves more time than
+    compiling costs, or if the caller wishes; another, such as that of the odd last
+    batch, if it will recur often enough, judging by how often it has come in this epoch
+    and how many epochs are left.
 
     Attributes:
         choice: About the first shape, once it has come.
@@ -85,20 +92,21 @@ class CompilePlan:
 
     def __init__(
         self,
-        wish: Literal["auto", True, False],
-        body: Callable[..., Any],
+        function: Callable[..., Any],
         *,
+        wish: bool | Literal["auto"],
         epochs: int,
         batches: int | None,
     ) -> None:
         self._wish = wish
-        self._body = body
+        self._function = function
         self._epochs_left = epochs
         self._batches = batches
+        self._first: Hashable = None
+        self._impossible = False
         self._seen = Counter[Hashable]()
         self._costs: dict[Hashable, Cost] = {}
-        self._first: Hashable = None
-        why = "compile=False" if wish is False else "no batch has come yet"
+        why = "no batch has come yet" if wish else "compile=False"
         self.choice = CompileChoice(compiled=False, reason=why)
 
     def end_epoch(self) -> None:
@@ -107,32 +115,47 @@ class CompilePlan:
         self._seen.clear()
 
     def worth(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
-        """Whether to compile the body for this shape of batch, which is to run now."""
-        if self._first is None:
+        """Whether to compile for this shape of batch, of which one is to run now."""
+        new = self._first is None
+        if new:
             self._first = shape
-        first = shape == self._first
         self._seen[shape] += 1
-        if first and self._wish is True:
-            self.choice = CompileChoice(compiled=True, reason="compile=True")
-            return True
-        expected = self._epochs_left * (
-            self._batches if first and self._batches else self._seen[shape]
-        )
-        if expected < FEWEST_STEPS:
-            if first:
-                why = f"{expected} steps planned, fewer than {FEWEST_STEPS}"
-                self.choice = CompileChoice(compiled=False, reason=why)
+        if self._impossible:
             return False
+        if shape != self._first:
+            return self._judge(shape, args, self._epochs_left * self._seen[shape])[0]
+        if new and self._wish is True:
+            self.choice = CompileChoice(compiled=True, reason="compile=True")
+        elif new and self._batches is not None:
+            self.choice = self._judge(shape, args, self._epochs_left * self._batches)
+        elif self._batches is None and not self.choice.compiled:
+            # How long an epoch is, is not known: as many batches as have come so far.
+            expected = self._epochs_left * self._seen[shape]
+            self.choice = self._judge(shape, args, expected)
+        return self.choice.compiled
+
+    def give_up(self, reason: str) -> bool:
+        """Takes note that compiling is impossible; whether to go on eagerly."""
+        if self._wish is True:
+            return False
+        self._impossible = True
+        self.choice = CompileChoice(compiled=False, reason=reason)
+        return True
+
+    def _judge(
+        self, shape: Hashable, args: tuple[Any, ...], expected: int
+    ) -> CompileChoice:
+        if expected < FEWEST_STEPS:
+            why = f"{expected} steps planned, fewer than {FEWEST_STEPS}"
+            return CompileChoice(compiled=False, reason=why)
         if shape not in self._costs:
-            self._costs[shape] = count_cost(self._body, args)
+            self._costs[shape] = count_cost(self._function, args)
         cost = self._costs[shape]
         device = pytree.tree_leaves(args)[0].device.type
         saved, spent = expected * cost.saved(device), cost.compilation()
-        if first:
-            self.choice = CompileChoice(
-                saved >= spent,
-                f"{expected} steps planned of {cost.operators} operators and "
-                f"{cost.flops:.3g} FLOPs, estimated to save {saved:.2g} s; compiling, "
-                f"{spent:.2g} s",
-            )
-        return saved >= spent
+        return CompileChoice(
+            saved >= spent,
+            f"{expected} steps planned of {cost.operators} operators that write "
+            f"{cost.elements:.3g} elements: estimated to save {saved:.2g} s, "
+            f"compiling takes {spent:.2g} s",
+        )

@@ -62,9 +62,9 @@ class Progress:
 
 def describe(row: Row, epochs: int) -> str:
     """The line of an epoch."""
-    parts = [f"Epoch {row['epoch']}/{epochs}", f"train_loss {row['train_loss']:.4f}"]
+    parts = [f"Epoch {row['epoch']}/{epochs}", f"train_loss {row['train_loss']:.4g}"]
     if row["val_loss"] is not None:
-        parts.append(f"val_loss {row['val_loss']:.4f}")
+        parts.append(f"val_loss {row['val_loss']:.4g}")
     if row["lr"] is not None:
         parts.append(f"lr {row['lr']:.3g}")
     parts.append(f"{row['seconds']:.2f} s")

@@ -1,5 +1,10 @@
 """Random numbers of a step as a function of its seed and its number."""
 
+import random
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,3 +64,14 @@ class seeded:  # used as a context, like torch.no_grad
     def states(self) -> list[Tensor]:
         """Where the generators are now."""
         return [generator.get_state() for generator in self._generators]
+
+
+@contextmanager
+def host_generators_kept() -> Generator[None]:
+    """Puts the global generators of Python and numpy back to where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

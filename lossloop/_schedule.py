@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lossloop._optimizers import host_hyper, hyper_from_torch
-from lossloop._types import OptState
+from lossloop._optimizers import follow, host_hyper
+from lossloop._types import OptState, Slots
 
 
 class Schedule:
@@ -14,6 +14,9 @@ class Schedule:
 
     The scheduler writes into its optimizer's groups, on the host; what changed there
     becomes new 0-d tensors in the state, so the step is not compiled again.
+
+    Attributes:
+        rate: Of the first group in the last step; None if that is not known.
     """
 
     def __init__(
@@ -22,36 +25,54 @@ class Schedule:
         by: Literal["step", "epoch"] | None,
         optimizer: Any,
     ) -> None:
-        if scheduler is None:
-            if by is not None:
-                raise ValueError(
-                    f"fit(schedule_by={by!r}) is the unit of a scheduler; pass one."
-                )
-        else:
+        if scheduler is not None:
             _check(scheduler, by, optimizer)
-            # Tells the scheduler that the optimizer does step, only not by itself.
-            optimizer._opt_called = True
+        elif by is not None:
+            raise ValueError(
+                f"fit(schedule_by={by!r}) is the unit of a scheduler; pass one."
+            )
         self._scheduler: Any = scheduler
         self._by = by
-        self._optimizer = optimizer
+        instance = isinstance(optimizer, torch.optim.Optimizer)
+        self._optimizer = optimizer if instance else None
+        self.rate: float | None = None
+
+    def begin(self, opt_state: OptState) -> None:
+        """Notes the rates that a run starts with."""
+        if isinstance(opt_state.slots, Slots):
+            self.rate = opt_state.slots.groups[0].hyper["lr"].item()
+        if self._optimizer is not None:
+            self._followed = host_hyper(self._optimizer)
 
     def after_step(self, opt_state: OptState) -> OptState:
         """The state for the next step."""
-        return self._advance(opt_state) if self._by == "step" else opt_state
+        if self._by != "step":
+            return opt_state
+        self.rate = self._followed[0]["lr"]
+        self._scheduler.step()
+        return self._follow(opt_state)
 
     def after_epoch(self, opt_state: OptState, loss: float) -> OptState:
-        """The state for the next epoch; `loss` is for `ReduceLROnPlateau`."""
-        if self._by != "epoch":
-            return opt_state
-        if isinstance(self._scheduler, ReduceLROnPlateau):
-            return self._advance(opt_state, loss)
-        return self._advance(opt_state)
+        """The state for the next epoch, in which a caller may have changed rates too.
 
-    def _advance(self, opt_state: OptState, *loss: float) -> OptState:
-        before = host_hyper(self._optimizer)
-        self._scheduler.step(*loss)
-        slots = hyper_from_torch(self._optimizer, opt_state.slots, before)
-        return opt_state._replace(slots=slots)
+        Args:
+            opt_state: After the epoch's last step.
+            loss: For `ReduceLROnPlateau`.
+        """
+        if self._by == "epoch":
+            plateau = isinstance(self._scheduler, ReduceLROnPlateau)
+            self._scheduler.step(*[loss] * plateau)
+        if self._optimizer is None:
+            return opt_state
+        opt_state = self._follow(opt_state)
+        self.rate = self._followed[0]["lr"]
+        return opt_state
+
+    def _follow(self, opt_state: OptState) -> OptState:
+        assert self._optimizer is not None
+        opt_state = follow(self._optimizer, opt_state, self._followed)
+        self._followed = host_hyper(self._optimizer)
+        return opt_state
 
 
 def _check(scheduler: Any, by: str | None, optimizer: Any) -> None:

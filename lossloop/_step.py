@@ -148,8 +148,11 @@ def init(
             "init: nothing is trainable: every parameter of the optimizer has "
             "requires_grad=False. Unfreeze some with p.requires_grad_(True)."
         )
-    scalar = torch.tensor(seed, dtype=torch.int64)
-    return start, OptState(slots, torch.zeros_like(scalar), scalar)
+    # An optimizer that has made steps goes on with other random numbers.
+    groups = slots.groups if isinstance(slots, Slots) else ()
+    made = max((int(group.step) for group in groups), default=0)
+    step, seeds = (torch.tensor(n, dtype=torch.int64) for n in (made, seed))
+    return start, OptState(slots, step, seeds)
 
 
 def make_step(

@@ -2,6 +2,10 @@
 
 import copy
 import functools
+import json
+import pickle
+import random
+import threading
 
 import numpy as np
 import pytest
@@ -57,6 +61,7 @@ def by_hand(model, loss_fn, optimizer, train, val, epochs, scheduler, by):
             loss.backward()
             optimizer.step()
             total += loss.item() * inputs.size(0)
+            rate = optimizer.param_groups[0]["lr"]
             if by == "step":
                 scheduler.step()
         train_losses.append(total / len(train.dataset))
@@ -66,7 +71,7 @@ def by_hand(model, loss_fn, optimizer, train, val, epochs, scheduler, by):
             for inputs, labels in val:
                 total += loss_fn(model(inputs), labels).item() * inputs.size(0)
         val_losses.append(total / len(val.dataset))
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(rate)
         if by == "epoch":
             if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
                 scheduler.step(val_losses[-1])
@@ -536,6 +541,74 @@ class Recurrent(nn.Module):
         return self.rnn(x.unsqueeze(1))[0][:, 0]
 
 
+class Layer(nn.Module):
+    """A linear layer, before which `before` is called."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.before = before
+
+    def forward(self, x):
+        return self.linear(self.before(self, x))
+
+
+def counts(layer, x):
+    layer.calls = getattr(layer, "calls", 0) + 1
+    return x * layer.calls
+
+
+def clamps(layer, x):
+    layer.linear.weight.data.clamp_(-0.1, 0.1)
+    return x
+
+
+class Merges(nn.Module):
+    """Merges its adapter into the weight for evaluation, like loralib."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5))
+        self.adapter = nn.Parameter(torch.randn(3, 5))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += self.adapter.data * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        weight = self.weight if self.merged else self.weight + self.adapter
+        return x @ weight.T
+
+
+class Grows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x):
+        self.seen = torch.cat([self.seen, x.new_ones(1)])
+        return self.linear(x)
+
+
+class Silent(nn.Module):
+    """Overrides train() without returning self."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
 class Forgets(nn.Module):
     """Writes to a buffer that is no part of its state."""
 
@@ -553,6 +626,19 @@ def hooked():
     model = mlp()
     model[0].register_full_backward_hook(lambda *args: None)
     return model
+
+
+def with_gradient_hook():
+    model = mlp()
+    model[0].weight.register_hook(lambda grad: grad)
+    return model
+
+
+def with_step_hook():
+    model = mlp()
+    arguments = with_optimizer(model)
+    arguments["optimizer"].register_step_post_hook(lambda *args: None)
+    return arguments
 
 
 def inf_input():
@@ -718,6 +804,53 @@ REFUSED = {
     ),
     "compile": ({"compile": "yes"}, ValueError, "'auto', True or False"),
     "hidden buffer": ({"model": Forgets()}, ValueError, "persistent=True"),
+    "hidden counter": ({"model": Layer(counts)}, ValueError, "no pure function"),
+    "random numbers of Python": (
+        {"model": Layer(lambda layer, x: x * random.random())},
+        ValueError,
+        "no pure function",
+    ),
+    "random numbers of numpy": (
+        {"model": Layer(lambda layer, x: x * np.random.rand())},
+        ValueError,
+        "torch.rand",
+    ),
+    "inputs written": (
+        {"model": Layer(lambda layer, x: x.mul_(2))},
+        ValueError,
+        r"batch\[0\].*in place",
+    ),
+    "parameters written": ({"model": Layer(clamps)}, ValueError, "linear.weight"),
+    "adapters merged": ({"model": Merges()}, TypeError, r"train\(\) changes weights"),
+    "buffer that grows": ({"model": Grows()}, ValueError, r"buffer seen.*\(1,\)"),
+    "lock": (
+        {"model": Layer(threading.Lock())},
+        TypeError,
+        "cannot be copied",
+    ),
+    "gradient hook": ({"model": with_gradient_hook()}, TypeError, "gradient hooks"),
+    "step hook": (with_step_hook(), TypeError, "step hooks"),
+    "detached": (
+        {
+            "loss_fn": lambda o, y: nn.functional.cross_entropy(
+                o.detach(), y, reduction="none"
+            ),
+            "optimizer": torch.optim.AdamW,
+        },
+        ValueError,
+        "does not depend on any trainable",
+    ),
+    "mean over samples": (
+        {
+            "loss_fn": lambda o, y: (o - 1).square().mean(0),
+        },
+        ValueError,
+        r"returned 3 losses, of shape \(3,\), for 6 samples",
+    ),
+    "on_epoch": ({"on_epoch": 3}, TypeError, "on_epoch"),
+    "seed": ({"seed": 1.5}, TypeError, "seed"),
+    "large seed": ({"seed": 2**70}, ValueError, "64 bits"),
+    "compile, a number": ({"compile": 1}, ValueError, "got 1"),
     "clipping": ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm"),
     "another model's objective": (
         {"loss_fn": ll.supervised(mlp(), nn.CrossEntropyLoss())},
@@ -753,6 +886,65 @@ def test_refused_with_words_and_nothing_trained(case):
         assert tensor.is_meta or torch.equal(state[name], tensor)
     if case != "everything ignored":
         assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_overridden_train_is_respected():
+    quiet(Silent(), nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)], epochs=1)
+
+
+def test_weight_decay_of_unused_parameters_is_said():
+    model = Layer(lambda layer, x: x)
+    model.unused = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match=r"unused\.bias.*Freeze them"):
+        quiet(model, nn.CrossEntropyLoss(), torch.optim.AdamW, [(X, Y)], epochs=1)
+    before = copy.deepcopy(model.unused.state_dict())
+    quiet(model, nn.CrossEntropyLoss(), torch.optim.Adam, [(X, Y)], epochs=1)
+    assert torch.equal(model.unused.weight, before["weight"])
+
+
+def test_rates_may_be_changed_between_epochs():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def halve(record):
+        optimizer.param_groups[0]["lr"] /= 2
+
+    result = quiet(
+        model, nn.CrossEntropyLoss(), optimizer, [(X, Y)], epochs=3, on_epoch=halve
+    )
+    assert result.history["lr"] == [0.1, 0.05, 0.025]
+
+
+def test_a_second_fit_draws_other_dropout_masks():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-30)
+    losses = [
+        quiet(model, nn.CrossEntropyLoss(), optimizer, [(X, Y)], epochs=1)
+        for _ in range(2)
+    ]
+    one, two = (result.history[0] for result in losses)
+    assert one["train_loss"] != two["train_loss"]
+    assert (one["step"], two["step"]) == (1, 2)
+
+
+def test_results_can_be_stored():
+    result = quiet(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)], epochs=1)
+    again = pickle.loads(pickle.dumps(result))
+    assert list(again.history) == list(result.history)
+    assert json.loads(json.dumps(list(result.history))) == list(result.history)
+
+
+def test_the_loader_runs_in_the_callers_grad_mode():
+    modes = []
+
+    class Loader:
+        def __iter__(self):
+            for _ in range(2):
+                modes.append(torch.is_grad_enabled())
+                yield X, Y
+
+    quiet(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, Loader(), Loader(), epochs=1)
+    assert all(modes)
 
 
 def test_recurrent_models_train_eagerly_by_default():

@@ -97,6 +97,6 @@ def test_who_reads_values_on_the_host():
         "_loss_checks",  # the first batch
         "_objective",  # the first batch
         "_optimizers",  # handing the state back to torch
-        "_fit",  # the rate, once per epoch
+        "_schedule",  # the rate, once per run
         "_demo",
     }

@@ -14,9 +14,9 @@ import lossloop.optim
 from lossloop._formulas import RULES
 from lossloop._optimizers import (
     as_optimizer,
+    follow,
     from_torch,
     host_hyper,
-    hyper_from_torch,
     load_opt_state,
 )
 from lossloop._types import Optimizer, OptState, Params, Slots
@@ -69,6 +69,11 @@ NAMES = {
 }
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: NAMES[id(case)])
 every_class = pytest.mark.parametrize("kind", RULES, ids=lambda kind: kind.__name__)
+
+
+def followed(torch_optimizer, slots, before=None):
+    counts = torch.tensor(0), torch.tensor(0)
+    return follow(torch_optimizer, OptState(slots, *counts), before).slots
 
 
 @pytest.fixture(autouse=True)
@@ -489,7 +494,7 @@ def test_schedules_do_not_recompile():
             )
         before = host_hyper(torch_optimizer)
         schedulers[0].step()
-        after = hyper_from_torch(torch_optimizer, slots, before)
+        after = followed(torch_optimizer, slots, before)
         for old, new in zip(slots.groups, after.groups, strict=True):
             changed = {
                 name for name in old.hyper if old.hyper[name] is not new.hyper[name]
@@ -510,7 +515,7 @@ def test_a_rate_set_before_the_first_step_is_the_first_rate(kind):
     optimizer = from_torch(torch_optimizer)
     params, slots = detached(model), optimizer.init(dict(model.named_parameters()))
     torch_optimizer.param_groups[0]["lr"] = 0.02
-    slots = hyper_from_torch(torch_optimizer, slots)
+    slots = followed(torch_optimizer, slots)
     params, _ = pure_steps(optimizer, params, slots, range(3))
     torch_steps(torch_optimizer, model, range(3))
     assert worst(params, detached(model)) < 1e-12
@@ -523,10 +528,10 @@ def test_terms_that_appear_later_are_refused():
     group = torch_optimizer.param_groups[0]
     group["weight_decay"] = 0.1
     with pytest.raises(ValueError, match="param group 0: weight_decay changed"):
-        hyper_from_torch(torch_optimizer, slots)
+        followed(torch_optimizer, slots)
     group.update(weight_decay=0.0, momentum=0.0)
     with pytest.raises(ValueError, match="param group 0: momentum changed"):
-        hyper_from_torch(torch_optimizer, slots)
+        followed(torch_optimizer, slots)
 
 
 def test_decay_may_fall_to_zero():
@@ -534,7 +539,7 @@ def test_decay_may_fall_to_zero():
     torch_optimizer = O.AdamW([weight])
     slots = from_torch(torch_optimizer).init({"weight": weight})
     torch_optimizer.param_groups[0]["weight_decay"] = 0
-    slots = hyper_from_torch(torch_optimizer, slots)
+    slots = followed(torch_optimizer, slots)
     assert slots.groups[0].hyper["weight_decay"] == 0
 
 

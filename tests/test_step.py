@@ -396,9 +396,43 @@ def test_nothing_trainable():
 
 
 @pytest.mark.parametrize(
-    "result", [torch.ones(()), (torch.ones(3), torch.ones(())), (torch.ones(()), "3")]
+    ("result", "error"),
+    [
+        (torch.ones(()), TypeError),
+        ((torch.ones(()), "3"), TypeError),
+        ((torch.ones(3), torch.ones(())), ValueError),
+        ((torch.ones(()), torch.ones(3)), ValueError),
+    ],
 )
-def test_an_objective_returns_a_pair(result):
+def test_an_objective_returns_a_pair(result, error):
     goal = ll.objective(mlp(), lambda model, batch: result)
-    with pytest.raises(TypeError, match=r"must return \(loss_sum, n\)"):
+    with pytest.raises(error, match=r"\(loss_sum, n\)"):
         goal(goal.init(), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, None])
+def test_weights_are_exact_whatever_their_type(dtype):
+    n = 2**12 if dtype is None else torch.tensor(2**12, dtype=dtype)
+    goal = ll.objective(mlp(), lambda model, batch: (torch.ones(()), n))
+    eval_step = ll.make_eval_step(goal)
+    mean = ll.fold_eval(eval_step, goal.init(), [None] * 4097)
+    assert mean.value_and_weight()[1] == 2**12 * 4097  # past 2**24
+
+
+def test_buffers_taken_from_the_batch_are_copies():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+            self.register_buffer("last", torch.zeros(6, 5))
+
+        def forward(self, x):
+            self.last = x
+            return self.linear(x)
+
+    goal = ll.supervised(Remembers(), nn.CrossEntropyLoss())
+    params, opt_state = ll.init(goal, torch.optim.SGD)
+    x, y = CASES["mlp"].batch()
+    new, *_ = ll.make_step(goal, torch.optim.SGD)(params, opt_state, (x, y))
+    assert torch.equal(new["last"], x)
+    assert new["last"] is not x
