@@ -97,11 +97,13 @@ def fit(
         clip_grad_value: See `make_step`.
         restore_best: Whether to end with the weights of the lowest validation loss.
         compile: True, False, or "auto": compile if the planned steps save more time
-            than compiling costs, judging by counts and not by clocks.
+            than compiling costs, judging by counts and not by clocks. Shapes of batch
+            other than the first, as of the odd last one, go by count in any case.
         device: Where to move the model first; default, where it is.
         seed: Of dropout and other random layers. Shuffling is the loader's.
         progress: Whether to show a bar and print a line per epoch.
-        on_epoch: Called after each epoch.
+        on_epoch: Called after each epoch; may change rates in the groups of a torch
+            optimizer.
 
     Returns:
         The history, the weights, and what was decided.
@@ -110,7 +112,9 @@ def fit(
         ValueError: Before any training, for what cannot be right: no batches, shapes
             that would broadcast, labels out of range, values that are not finite, an
             optimizer over another model's parameters, a scheduler without its unit,
-            and the like.
+            a model that is no pure function, and the like. The first batches are looked
+            at; those of validation only if that takes no worker processes and the
+            loader is no iterator. Also if a mean turns out to have no weight.
         TypeError: Likewise, for things of the wrong kind.
 
     Example:
@@ -158,7 +162,7 @@ def fit(
 
     if val is not None and (batch := peek("val_loader", val)) is not None:
         batch = to_device(batch, device_of(params))
-        goal.check("val_loader, batch 1", params, batch)
+        goal.check("val_loader, batch 1", params, batch, train=False)
     schedule.begin(opt_state)
     bar = Progress(shown=progress, epochs=epochs, batches=length(train))
 

@@ -5,12 +5,14 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss as TorchLoss  # pyright: ignore[reportPrivateUsage]
+from torch.overrides import TorchFunctionMode
 
 from lossloop._ctc import traceable_ctc
 from lossloop._loss_checks import (
@@ -200,10 +202,12 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
         if rule is not None:
             module = cast(nn.Module, loss_fn)
             rule.check_values(module, *_arguments(module, rule, output, target))
-        # torch only warns where its own functions are about to broadcast.
+        # torch only warns where its own functions are about to broadcast, and says
+        # nothing where operators do.
         warnings.filterwarnings("error", message="Using a target size")
         try:
-            pair(output, target)
+            with _Broadcasts(output, target) if rule is None else nullcontext():
+                pair(output, target)
         except UserWarning as warning:
             if not str(warning).startswith("Using a target size"):
                 raise
@@ -212,6 +216,32 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
                 "broadcast, so that samples are compared with each other. "
                 "Give both the same shape, with squeeze or unsqueeze."
             ) from None
+
+
+class _Broadcasts(TorchFunctionMode):
+    """Refuses operators that pair an output of shape (N, 1) with a target of (N,)."""
+
+    def __init__(self, output: Any, target: Any) -> None:
+        super().__init__()
+        tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
+        shapes = {tuple(output.shape), tuple(target.shape)} if tensors else set()
+        rows = max((shape[0] for shape in shapes if shape), default=0)
+        self._rows = rows if shapes == {(rows, 1), (rows,)} and rows > 1 else 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        n = self._rows
+        if n and isinstance(result, Tensor) and tuple(result.shape) == (n, n):
+            shapes = {tuple(arg.shape) for arg in args if isinstance(arg, Tensor)}
+            if shapes == {(n, 1), (n,)}:
+                raise ValueError(
+                    f"the loss combines shapes ({n}, 1) and ({n},), which broadcast to "
+                    f"({n}, {n}), so that samples are compared with each other. Use "
+                    "output.squeeze(1) or target.unsqueeze(1)."
+                )
+        return result
 
 
 class _Rule(NamedTuple):

@@ -26,6 +26,13 @@ from elsewhere than torch's default generator (Python, numpy, a generator of its
 Register what it keeps as a buffer; draw with torch.rand and the like.\
 """
 
+NOT_DIFFERENTIABLE = """\
+torch.func, which differentiates the step, refuses something in the model or the loss.
+Give each torch.autograd.Function a setup_context, take torch.utils.checkpoint and
+saved-tensor hooks out, and do not call requires_grad_() or backward() inside.
+({error})\
+"""
+
 
 class Objective:
     """A loss as a pure function of parameters and a batch.
@@ -53,10 +60,15 @@ class Objective:
             name for name, t in model.named_parameters() if t.requires_grad
         )
         self._where = where
-        self._skeleton = skeleton(model, train=True)
-        self._train = FunctionalModel(self._skeleton, function)
-        self._check = FunctionalModel(self._skeleton, check or function)
-        self._eval = FunctionalModel(skeleton(model, train=False), function)
+        self._skeletons = {mode: skeleton(model, train=mode) for mode in (True, False)}
+        self._functions = {
+            mode: FunctionalModel(own, function)
+            for mode, own in self._skeletons.items()
+        }
+        self._checks = {
+            mode: FunctionalModel(own, check or function)
+            for mode, own in self._skeletons.items()
+        }
 
     def __call__(self, params: Params, batch: Batch) -> LossPair:
         """Returns `(loss_sum, n)` of a batch in train mode."""
@@ -65,87 +77,70 @@ class Objective:
 
     def train(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
         """Returns `(loss_sum, n, buffers)` in train mode, the buffers as written."""
-        result, buffers = self._train(params, batch)
+        result, buffers = self._functions[True](params, batch)
         return *as_pair(self._where, result), buffers
 
     def evaluate(self, params: Params, batch: Batch) -> LossPair:
         """Returns `(loss_sum, n)` in eval mode."""
-        result, _ = self._eval(params, batch)
+        result, _ = self._functions[False](params, batch)
         return as_pair(self._where, result)
 
     def init(self) -> Params:
         """A detached copy of the model's parameters and buffers."""
         return {k: t.detach().clone() for k, t in model_params(self.model).items()}
 
-    def check(self, place: str, params: Params, batch: Batch) -> None:
+    def check(
+        self, place: str, params: Params, batch: Batch, *, train: bool = True
+    ) -> None:
         """Looks at a batch as nothing inside a step may: reads values on the host.
 
         Args:
             place: What to call the batch in a message, like "train_loader, batch 1".
             params: Parameters to call the model with; copies are used.
             batch: The batch; a copy is used, and no generator moves.
+            train: Whether it is to be trained on, and not only evaluated.
 
         Raises:
             ValueError: If an input or target is not finite, if the loss refuses the
                 batch, or if the model or the loss is no pure function: it writes to
                 its inputs, or gives something else when called again.
-            TypeError: If the batch or the returned pair has the wrong form.
+            TypeError: If the batch or the returned pair has the wrong form, or
+                `torch.func` cannot differentiate the model.
         """
+        calls = (self.train, self._differentiated) if train else (self._evaluated,) * 2
         try:
             with torch.no_grad(), host_generators_kept():
                 with seeded(0, device_of(params)):
-                    self._check(*_cloned((params, batch)))
-                first, again = (self._look(params, batch) for _ in range(2))
+                    self._checks[train](*_cloned((params, batch)))
+                first, again = (
+                    _watched(call, self._skeletons[train], params, batch)
+                    for call in calls
+                )
                 for one, other in zip(first, again, strict=True):
                     if not torch.allclose(one, other, rtol=1e-4, equal_nan=True):
                         raise ValueError(HIDDEN_STATE.format(one=one, other=other))
         except Exception as error:
             if type(error) in (TypeError, ValueError):
                 raise type(error)(f"{place}: {error}") from error
+            if isinstance(error, RuntimeError) and _of_functorch(error):
+                raise TypeError(
+                    f"{place}: {NOT_DIFFERENTIABLE.format(error=error)}"
+                ) from error
             error.add_note(f"This happened while lossloop looked at {place}.")
             raise
 
-    def _look(self, params: Params, batch: Batch) -> LossPair:
-        """Calls the loss on copies, and refuses what it wrote where it must not."""
-        own_params, own_batch = _cloned((params, batch))
-        constants = {
-            name: (buffer, buffer.clone())
-            for name, buffer in self._skeleton.named_buffers()
-            if not buffer.is_meta
-        }
-        with seeded(0, device_of(params)):
-            loss_sum, n, buffers = self.train(own_params, own_batch)
-        for name, (buffer, before) in constants.items():
-            if not _same(buffer, before):
-                raise ValueError(
-                    f"forward writes into model.{name}, which is registered with "
-                    f"persistent=False and so is no part of the params that a step "
-                    f"returns. Register it with persistent=True."
-                )
-        for name, param in params.items():
-            if not _same(param, own_params[name]):
-                raise ValueError(
-                    f"forward writes into the parameter {name} in place. Register "
-                    f"tensors that forward is to change as buffers."
-                )
-        paths = pytree.tree_flatten_with_path(batch)[0]
-        after = pytree.tree_leaves(own_batch)
-        for (path, leaf), own_leaf in zip(paths, after, strict=True):
-            if isinstance(leaf, Tensor) and not _same(leaf, own_leaf):
-                raise ValueError(
-                    f"the model or the loss writes into batch{pytree.keystr(path)} in "
-                    f"place. Copy it first, and build the first layers with "
-                    f"inplace=False."
-                )
-        for name, buffer in buffers.items():
-            kept = params[name]
-            if (buffer.shape, buffer.dtype) != (kept.shape, kept.dtype):
-                raise ValueError(
-                    f"forward turns the buffer {name} of shape {tuple(kept.shape)} and "
-                    f"{kept.dtype} into one of shape {tuple(buffer.shape)} and "
-                    f"{buffer.dtype}; a step must return what it was given."
-                )
-        return loss_sum, n
+    def _evaluated(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
+        return *self.evaluate(params, batch), {}
+
+    def _differentiated(
+        self, params: Params, batch: Batch
+    ) -> tuple[Tensor, Tensor, Params]:
+        def loss(trained: Params) -> tuple[Tensor, tuple[Tensor, Tensor, Params]]:
+            result = self.train({**params, **trained}, batch)
+            return result[0], result
+
+        trained = {name: params[name] for name in self.trainable}
+        return torch.func.grad(loss, has_aux=True)(trained)[1]
 
     def without_gradient(self, params: Params, batch: Batch) -> set[str]:
         """Names of trainable parameters that this batch's loss does not depend on.
@@ -166,6 +161,58 @@ class Objective:
             )
         found = zip(leaves, grads, strict=True)
         return {name for name, grad in found if grad is None}  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def _watched(
+    call: Callable[[Params, Batch], tuple[Tensor, Tensor, Params]],
+    model: nn.Module,
+    params: Params,
+    batch: Batch,
+) -> LossPair:
+    """Calls an objective on copies, and refuses what it wrote where it must not."""
+    own_params, own_batch = _cloned((params, batch))
+    constants = {
+        name: (buffer, buffer.clone())
+        for name, buffer in model.named_buffers()
+        if not buffer.is_meta
+    }
+    with seeded(0, device_of(params)):
+        loss_sum, n, buffers = call(own_params, own_batch)
+    for name, (buffer, before) in constants.items():
+        if not _same(buffer, before):
+            raise ValueError(
+                f"forward writes into model.{name}, which is registered with "
+                f"persistent=False and so is no part of the params that a step "
+                f"returns. Register it with persistent=True."
+            )
+    for name, param in params.items():
+        if not _same(param, own_params[name]):
+            raise ValueError(
+                f"forward writes into the parameter {name} in place. Register tensors "
+                f"that forward is to change as buffers."
+            )
+    paths = pytree.tree_flatten_with_path(batch)[0]
+    after = pytree.tree_leaves(own_batch)
+    for (path, leaf), own_leaf in zip(paths, after, strict=True):
+        if isinstance(leaf, Tensor) and not _same(leaf, own_leaf):
+            raise ValueError(
+                f"the model or the loss writes into batch{pytree.keystr(path)} in "
+                f"place. Copy it first, and build the first layers with inplace=False."
+            )
+    for name, buffer in buffers.items():
+        kept = params[name]
+        if (buffer.shape, buffer.dtype) != (kept.shape, kept.dtype):
+            raise ValueError(
+                f"forward turns the buffer {name} of shape {tuple(kept.shape)} and "
+                f"{kept.dtype} into one of shape {tuple(buffer.shape)} and "
+                f"{buffer.dtype}; a step must return what it was given."
+            )
+    return loss_sum, n
+
+
+def _of_functorch(error: RuntimeError) -> bool:
+    marks = ("functorch", "torch.func", "FuncTorch", "TensorWrapper", "vmap, grad")
+    return any(mark in str(error) for mark in marks)
 
 
 def _cloned(tree: Any) -> Any:

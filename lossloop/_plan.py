@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # What matrix products and convolutions compute, they compute compiled or not. On a GPU
 # the first two are the time to launch a kernel and to write to memory, estimated.
 SECONDS_SAVED_PER_OPERATOR = {"cpu": 7e-6, "cuda": 1e-5}
-SECONDS_SAVED_PER_ELEMENT = {"cpu": 1e-9, "cuda": 1e-11}
-SECONDS_TO_COMPILE = 8.0
+SECONDS_SAVED_PER_ELEMENT = {"cpu": 5e-10, "cuda": 1e-11}
+SECONDS_TO_COMPILE = 10.0
 SECONDS_TO_COMPILE_PER_OPERATOR = 0.03
 FEWEST_STEPS = 100  # below, the cost is not even counted
 

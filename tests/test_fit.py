@@ -14,6 +14,7 @@ from cases import CASES, mlp
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
@@ -563,6 +564,18 @@ def clamps(layer, x):
     return x
 
 
+class Old(torch.autograd.Function):
+    """A function of the style before setup_context."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
 class Merges(nn.Module):
     """Merges its adapter into the weight for evaluation, like loralib."""
 
@@ -715,6 +728,15 @@ REFUSED = {
         ValueError,
         r"\(6, 1\).*\(6,\).*squeeze",
     ),
+    "own loss, broadcast": (
+        {
+            "model": nn.Linear(5, 1),
+            "loss_fn": lambda o, y: (o - y).square().mean(1),
+            "train_loader": [(X, torch.randn(6))],
+        },
+        ValueError,
+        r"\(6, 1\) and \(6,\).*squeeze",
+    ),
     "validation broadcast": (
         {
             "model": nn.Linear(5, 1),
@@ -822,6 +844,22 @@ REFUSED = {
     ),
     "parameters written": ({"model": Layer(clamps)}, ValueError, "linear.weight"),
     "adapters merged": ({"model": Merges()}, TypeError, r"train\(\) changes weights"),
+    "old autograd.Function": (
+        {"model": Layer(lambda layer, x: Old.apply(layer.linear.weight).sum() * x)},
+        TypeError,
+        "train_loader, batch 1.*setup_context",
+    ),
+    "checkpoint": (
+        {
+            "model": Layer(
+                lambda layer, x: checkpoint(
+                    lambda t: t * layer.linear.bias.sum(), x, use_reentrant=False
+                )
+            )
+        },
+        TypeError,
+        "checkpoint",
+    ),
     "buffer that grows": ({"model": Grows()}, ValueError, r"buffer seen.*\(1,\)"),
     "lock": (
         {"model": Layer(threading.Lock())},
@@ -886,6 +924,12 @@ def test_refused_with_words_and_nothing_trained(case):
         assert tensor.is_meta or torch.equal(state[name], tensor)
     if case != "everything ignored":
         assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_validation_batches_are_looked_at_in_eval_mode():
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+    one = [(X[:1], Y[:1])]  # too few for BatchNorm in train mode
+    quiet(model, nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)], one, epochs=1)
 
 
 def test_overridden_train_is_respected():
