@@ -37,21 +37,21 @@ train eagerly.
 # Guards are checked before every call, at up to a third of a small step's time. Those
 # on torch's code, on ours and on the skeletons that only we can reach are dropped;
 # what the caller's own classes, functions and modules of Python hold is still guarded.
-_NOBODY_CHANGES = re.compile(
+_OWN_CODE = re.compile(
     r"__import_(torch|lossloop)(_dot_|'\])|__import__\('torch'\)|__builtins_dict__|__mro__"
 )
 _SKELETON = re.compile(
-    r"\._body(\._modules\b(?!.*(type\(|__dict__|__closure__)).*)?$"
-    r"|\._body\._(parameters|buffers|\w*hooks\w*)"
+    r"\._body(\._modules\b.*)?$|\._body\._(parameters|buffers|\w*hooks\w*)"
 )
+_CALLERS = re.compile(r"type\(|\._body.*(__dict__|__closure__)")
 _ALWAYS_TRUE = {"DUPLICATE_INPUT", "EMPTY_NN_MODULE_HOOKS_DICT"}
 
 
 def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     return [
         guard.guard_type not in _ALWAYS_TRUE
-        and not _NOBODY_CHANGES.search(guard.name)
-        and ("type(" in guard.name or not _SKELETON.search(guard.name))
+        and not _OWN_CODE.search(guard.name)
+        and bool(_CALLERS.search(guard.name) or not _SKELETON.search(guard.name))
         for guard in guards
     ]
 
@@ -133,14 +133,18 @@ class _Graph:
         return self._backend(graph, inputs)
 
     def __call__(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
-        if not self._draws and self._compilations:
-            try:
-                return self._compiled(*args)
-            except BackendCompilerFailed as error:
-                if not isinstance(error.inner_exception, _MustCompileError):
-                    raise
-            except FailOnRecompileLimitHit as error:
-                raise RuntimeError(COMPILED_TOO_OFTEN.format(why=error)) from error
+        try:
+            if self._compilations and not self._draws:
+                try:
+                    return self._compiled(*args)
+                except BackendCompilerFailed as error:
+                    if not isinstance(error.inner_exception, _MustCompileError):
+                        raise
+            return self._call_seeded(seeding, args)
+        except FailOnRecompileLimitHit as error:
+            raise RuntimeError(COMPILED_TOO_OFTEN.format(why=error)) from error
+
+    def _call_seeded(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
         known = self._compilations
         with seeding() as scope:
             before = scope.states()
@@ -197,7 +201,7 @@ class Compiled:
             graph = self._graphs.get(shape)
             if graph is not None:
                 result = graph(seeding, args)
-            elif self._runs_eagerly(seeding, shape, args):
+            elif self._runs_eagerly(shape, args):
                 with seeding():
                     return self.function(*args)
             else:
@@ -210,16 +214,13 @@ class Compiled:
         # A donating function wrote into its arguments and returns only what is new.
         return (*args[:-1], *result) if self._donate else result
 
-    def _runs_eagerly(
-        self, seeding: Seeding, shape: Hashable, args: tuple[Any, ...]
-    ) -> bool:
+    def _runs_eagerly(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         if shape is None:
             why = _no_tensor(args[-1])
             if self._plan is None or not self._plan.give_up(why):
                 raise TypeError(f"compile_step: {why}.")
             return True
-        with seeding():  # the plan may call the function to count its cost
-            return self._plan is not None and not self._plan.worth(shape, args)
+        return self._plan is not None and not self._plan.worth(shape, args)
 
     def _impossible(
         self, seeding: Seeding, args: tuple[Any, ...], error: Exception
