@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lossloop as ll
+from lossloop._demo import conv_net
 from lossloop._plan import count_cost
 
 
@@ -53,21 +54,6 @@ def mlp(width: int) -> nn.Module:
         nn.Linear(width, width),
         nn.ReLU(),
         nn.Linear(width, 10),
-    )
-
-
-def conv_net() -> nn.Module:
-    """The net of the demo."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1024, 10),
     )
 
 

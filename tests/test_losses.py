@@ -882,6 +882,27 @@ def test_parameters_are_refused():
     with pytest.raises(TypeError, match=r"LinearCrossEntropyLoss.*lossloop.objective"):
         loss_pair(nn.LinearCrossEntropyLoss(2, 2))
 
+    class WithLoss(nn.Module):  # the remedy of the message, against torch's own mean
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(5, 5)
+            options = {"weight": torch.tensor([1.0, 2, 3, 4]), "ignore_index": 2}
+            self.loss = nn.LinearCrossEntropyLoss(5, 4, reduction="none", **options)
+
+    def summed(model: Any, batch: Any) -> Any:
+        x, y = batch
+        return model.loss(model.body(x), y).sum(), model.loss.weight[y[y != 2]].sum()
+
+    model = WithLoss()
+    goal = ll.objective(model, summed)
+    x, y = torch.randn(9, 5), torch.arange(9) % 4
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    mean = ll.fold_eval(ll.make_eval_step(goal), goal.init(), batches)
+    model.loss.reduction = "mean"
+    with torch.no_grad():
+        expected = model.loss(model.body(x), y).item()
+    assert mean.value() == pytest.approx(expected, rel=1e-6)
+
 
 def test_a_frozen_module_is_a_function():
     features = nn.Linear(D, 2).requires_grad_(False)
