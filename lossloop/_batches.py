@@ -45,7 +45,7 @@ def as_batches(name: str, loader: Any, passes: int) -> Iterable[Batch]:
             f"{name} must give batches when iterated, got a {type(loader).__name__}. "
             f"Pass a DataLoader, a list of batches, or a tuple of tensors."
         )
-    if iter_is_itself(loader) and passes > 1:
+    if is_one_shot(loader) and passes > 1:
         raise ValueError(
             f"{name} is a one-shot iterator ({type(loader).__name__}): it is used up "
             f"after one epoch, and {passes} are to be run. Pass a DataLoader, a list, "
@@ -63,9 +63,22 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def iter_is_itself(loader: Iterable[Batch]) -> bool:
-    """Whether it is an iterator, which can be read once only."""
-    return isinstance(loader, Iterator)
+def is_one_shot(loader: Iterable[Batch]) -> bool:
+    """Whether it can be read once only: an iterator, or something that hands out one.
+
+    Of a `DataLoader` over a stream, the stream is looked at.
+    """
+    source: Any = loader
+    if isinstance(loader, DataLoader):
+        if not isinstance(loader.dataset, IterableDataset):
+            return False
+        source = loader.dataset
+    return isinstance(source, Iterator) or _is_shared(source)
+
+
+def _is_shared(source: Any) -> bool:
+    with host_generators_kept(), torch.random.fork_rng([]):
+        return iter(source) is iter(source)
 
 
 def length(loader: Iterable[Batch]) -> int | None:
@@ -101,11 +114,12 @@ def _generators_kept(loader: Any) -> Generator[None]:
 def peek(name: str, loader: Iterable[Batch]) -> Batch | None:
     """The first batch, leaving loader and generators as they were.
 
-    None where that is impossible (an iterator) or dear (worker processes).
+    None where that is impossible (iterators, streams) or dear (worker processes).
     """
-    if iter_is_itself(loader):
-        return None
-    if isinstance(loader, DataLoader) and loader.num_workers:
+    if isinstance(loader, DataLoader):
+        if loader.num_workers or isinstance(loader.dataset, IterableDataset):
+            return None
+    elif isinstance(loader, IterableDataset) or is_one_shot(loader):
         return None
     with _generators_kept(loader):
         for batch in loader:

@@ -1,17 +1,17 @@
 """The one place that compiles: a body, once for every shape of batch."""
 
+import functools
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, Protocol, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
-from lossloop._random import seeded
 from lossloop._step import EvalStep, Seeding, TrainStep
 from lossloop._types import Batch
 
@@ -38,22 +38,37 @@ train eagerly.
 # on torch's code, on ours and on the skeletons that only we can reach are dropped;
 # what the caller's own classes, functions and modules of Python hold is still guarded.
 _OWN_CODE = re.compile(
-    r"__import_(torch|lossloop)(_dot_|'\])|__import__\('torch'\)|__builtins_dict__|__mro__"
+    r"__import_(torch|lossloop)(_dot_|'\])|__import__\('torch'\)|__builtins_dict__"
 )
+# The modules of a skeleton and their plain attributes, but not what lies behind those.
 _SKELETON = re.compile(
-    r"\._body(\._modules\b.*)?$|\._body\._(parameters|buffers|\w*hooks\w*)"
+    r"\._body(\._(modules|parameters|buffers)(\['[^']*'\])?|\._\w*hooks\w*)*"
+    r"(\.\w+(\[\d+\])*)?$"
 )
-_CALLERS = re.compile(r"type\(|\._body.*(__dict__|__closure__)")
-_ALWAYS_TRUE = {"DUPLICATE_INPUT", "EMPTY_NN_MODULE_HOOKS_DICT"}
+_CLASS = re.compile(r"type\(.*\)\.__mro__\[\d+\]\.__dict__\)(\['(\w+)'\])?")
 
 
 def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     return [
-        guard.guard_type not in _ALWAYS_TRUE
+        guard.guard_type != "EMPTY_NN_MODULE_HOOKS_DICT"
         and not _OWN_CODE.search(guard.name)
-        and bool(_CALLERS.search(guard.name) or not _SKELETON.search(guard.name))
+        and not _SKELETON.search(guard.name)
+        and not _of_torchs_class(guard)
         for guard in guards
     ]
+
+
+def _of_torchs_class(guard: Any) -> bool:
+    """Whether it is on a class of torch or ours, or on something in one."""
+    found = _CLASS.search(guard.name)
+    if not found:
+        return False
+    if found[2] in vars(nn.Module):
+        return True
+    value: Any = guard.value if guard.has_value else None
+    inside = isinstance(value, dict) or hasattr(value, "keys")
+    home = value.get("__module__") if inside else getattr(value, "__module__", None)
+    return str(home).split(".")[0] in ("torch", "lossloop", "builtins")
 
 
 def batch_shape(batch: Batch) -> Hashable:
@@ -67,7 +82,18 @@ def batch_shape(batch: Batch) -> Hashable:
         leaves, form = pytree.tree_flatten(batch)
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             return None
-    return form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in leaves)
+    # One tensor in two places is another graph than two tensors.
+    places = {id(leaf): place for place, leaf in enumerate(leaves)}
+    return form, tuple(
+        (
+            t.shape,
+            t.stride() if t.layout is torch.strided else t.layout,
+            t.dtype,
+            t.device,
+            places[id(t)],
+        )
+        for t in leaves
+    )
 
 
 def _no_tensor(batch: Batch) -> str:
@@ -99,6 +125,10 @@ def _inductor(graph: Any, inputs: Any) -> Any:
 
     # The guards know the sizes of the inputs already.
     return compile_fx(graph, inputs, config_patches={"size_asserts": False})
+
+
+class CompiledTooOftenError(RuntimeError):
+    """A step was compiled again and again for one shape of batch."""
 
 
 class _MustCompileError(Exception):
@@ -142,7 +172,7 @@ class _Graph:
                         raise
             return self._call_seeded(seeding, args)
         except FailOnRecompileLimitHit as error:
-            raise RuntimeError(COMPILED_TOO_OFTEN.format(why=error)) from error
+            raise CompiledTooOftenError(COMPILED_TOO_OFTEN.format(why=error)) from error
 
     def _call_seeded(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
         known = self._compilations
@@ -200,10 +230,16 @@ class Compiled:
             shape = batch_shape(args[-1])
             graph = self._graphs.get(shape)
             if graph is not None:
-                result = graph(seeding, args)
+                try:
+                    result = graph(seeding, args)
+                except CompiledTooOftenError as error:
+                    # Nothing was written yet: it was to be compiled again.
+                    if self._plan is None or not self._plan.give_up(str(error)):
+                        raise
+                    self._graphs.clear()
+                    return self._eagerly(seeding, args)
             elif self._runs_eagerly(shape, args):
-                with seeding():
-                    return self.function(*args)
+                return self._eagerly(seeding, args)
             else:
                 graph = _Graph(self._written, self._backend)
                 try:
@@ -213,6 +249,10 @@ class Compiled:
                 self._graphs[shape] = graph
         # A donating function wrote into its arguments and returns only what is new.
         return (*args[:-1], *result) if self._donate else result
+
+    def _eagerly(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
+        with seeding():
+            return self.function(*args)
 
     def _runs_eagerly(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         if shape is None:
@@ -225,8 +265,8 @@ class Compiled:
     def _impossible(
         self, seeding: Seeding, args: tuple[Any, ...], error: Exception
     ) -> Any:
-        with seeding():  # the caller's own mistakes raise here, in plain words
-            result = self.function(*args)
+        # The caller's own mistakes raise here, in plain words.
+        result = self._eagerly(seeding, args)
         why = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
         if self._plan is not None and self._plan.give_up(f"cannot be compiled: {why}"):
             return result
@@ -262,19 +302,29 @@ def _donating(body: Callable[..., Any]) -> Callable[..., Any]:
 
 def _write(old: Any, new: Any) -> None:
     """Copies the tensors of one tree into those of another of the same form."""
-    if isinstance(old, Tensor):
-        if old is not new and old.ndim:
-            old.copy_(new)
-        elif old is not new:
+    pairs = list(_pairs(old, new))
+    # A new tensor may be an old one of another place (slow weights that follow), or a
+    # view of it: it is read before anything is written. The compiler fuses this away.
+    for target, source in [(target, source.clone()) for target, source in pairs]:
+        if target.ndim:
+            target.copy_(source)
+        else:
             # Compiled, a write into a 0-d float64 input on the CPU is silently lost
             # (seen in torch 2.13 with the aot_eager and inductor back ends).
-            old.view(1).copy_(new.view(1))
+            target.view(1).copy_(source.view(1))
+
+
+def _pairs(old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors of two trees of one form, where they are not the same."""
+    if isinstance(old, Tensor):
+        if old is not new:
+            yield old, new
     elif isinstance(old, dict):  # by key: the orders may differ
         for key in old:
-            _write(old[key], new[key])
-    else:
+            yield from _pairs(old[key], new[key])
+    elif old is not None:
         for old_part, new_part in zip(old, new, strict=True):
-            _write(old_part, new_part)
+            yield from _pairs(old_part, new_part)
 
 
 @overload
@@ -339,7 +389,20 @@ def compile_step(
             )
         return EvalStep(Compiled(_function(step), backend=backend))
     compiled = Compiled(step, donate=donate, backend=backend)
-    return lambda *args: compiled(lambda: seeded(0, torch.device("cpu")), *args)
+    return functools.partial(compiled, _Unseeded)
+
+
+class _Unseeded:
+    """For steps of the caller's own, who see to their random numbers themselves."""
+
+    def __enter__(self) -> "_Unseeded":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def states(self) -> list[Tensor]:
+        return []
 
 
 def _function(step: TrainStep | EvalStep) -> Callable[..., Any]:

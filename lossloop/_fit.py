@@ -31,6 +31,7 @@ class EpochRecord(NamedTuple):
 
     row: Row  # of the history
     params: Params  # after the epoch; the next step overwrites them: copy to keep
+    opt_state: OptState  # likewise
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class Result:
     opt_state: OptState
     best_epoch: int | None
     compiled: CompileChoice
+
+    def __repr__(self) -> str:
+        """The history and what was decided, without the weights."""
+        return (
+            f"{self.history!r}\nbest epoch: {self.best_epoch}\n"
+            f"compiled: {self.compiled.compiled} ({self.compiled.reason})"
+        )
 
 
 def fit(
@@ -78,7 +86,8 @@ def fit(
     Every epoch carries a pure step over the training batches, then measures the
     validation loss with the weights frozen. The module itself is changed between
     epochs only: whatever happens, it holds the weights of the last finished epoch (of
-    the best one in the end), in the train or eval mode it came in.
+    the best one in the end), in the train or eval mode it came in. So do an optimizer
+    instance and a scheduler: after an exception, another call goes on from there.
 
     Args:
         model: The module to train.
@@ -102,8 +111,9 @@ def fit(
         device: Where to move the model first; default, where it is.
         seed: Of dropout and other random layers. Shuffling is the loader's.
         progress: Whether to show a bar and print a line per epoch.
-        on_epoch: Called after each epoch; may change rates in the groups of a torch
-            optimizer.
+        on_epoch: Called with an `EpochRecord` after each epoch. It may change rates in
+            the groups of a torch optimizer, and end the run by returning "stop". What
+            it changes in the model is not seen: the run has a copy.
 
     Returns:
         The history, the weights, and what was decided.
@@ -153,17 +163,15 @@ def fit(
     plan = planned(step.body.function, batches=length(train))
     val_batches = None if val is None else length(val)
     val_plan = planned(eval_step.body.function, batches=val_batches)
-    if has_rnn(model) and not plan.give_up(RNN_HINT):
+    if has_rnn(model) and not plan.give_up(" ".join(RNN_HINT.split())):
         raise ValueError(f"fit(compile=True): {RNN_HINT}")
     if compile is not False and not has_rnn(model):
         # The tensors of params and opt_state are our own: the step may write to them.
         step = TrainStep(Compiled(step.body.function, donate=True, plan=plan))
         eval_step = EvalStep(Compiled(eval_step.body.function, plan=val_plan))
 
-    if val is not None and (batch := peek("val_loader", val)) is not None:
-        batch = to_device(batch, device_of(params))
-        goal.check("val_loader, batch 1", params, batch, train=False)
-    schedule.begin(opt_state)
+    scheduled = length(train) if schedule_by == "step" else 1
+    schedule.begin(opt_state, None if scheduled is None else scheduled * epochs)
     bar = Progress(shown=progress, epochs=epochs, batches=length(train))
 
     def on_step(opt_state: OptState, mean: Mean) -> OptState:
@@ -173,19 +181,21 @@ def fit(
     history, best_epoch, best = History(), None, params
     best_loss = float("inf")
     try:
+        batches = _checked(goal, params, opt_state, train, val)
         for epoch in range(1, epochs + 1):
             bar.begin(epoch)
+            schedule.begin_epoch()
             start = perf_counter()
-            batches = _checked(goal, params, opt_state, train) if epoch == 1 else train
             params, opt_state, mean = fold(
                 step, params, opt_state, batches, on_step=on_step
             )
+            batches = train
             train_loss, n_train = mean.value_and_weight()
             seconds = perf_counter() - start
             val_loss, n_val = None, None
             if val is not None:
+                bar.validate()
                 val_loss, n_val = fold_eval(eval_step, params, val).value_and_weight()
-            load_params(model, params)
             history = history.append(
                 {
                     "epoch": epoch,
@@ -202,27 +212,41 @@ def fit(
                 best_loss, best_epoch = val_loss, epoch
                 if restore_best:
                     best = {name: t.clone() for name, t in params.items()}
-            bar.end(history[-1])
-            if on_epoch is not None:
-                on_epoch(EpochRecord(history[-1], params))
-            plan.end_epoch()
-            val_plan.end_epoch()
             opt_state = schedule.after_epoch(
                 opt_state, train_loss if val_loss is None else val_loss
             )
+            _write_back(model, params, optimizer, opt_state)
+            schedule.finish_epoch()
+            plan.end_epoch()
+            val_plan.end_epoch()
+            bar.end(history[-1])
+            if on_epoch is not None:
+                said = on_epoch(EpochRecord(history[-1], params, opt_state))
+                if said == "stop":
+                    break
+                opt_state = schedule.follow(opt_state)  # it may have changed rates
+    except BaseException:
+        schedule.restore()
+        raise
     finally:
         bar.close()
     if restore_best and best_epoch is not None:
         params = best
         load_params(model, params)
+    return Result(history, params, opt_state, best_epoch, plan.choice)
+
+
+def _write_back(
+    model: nn.Module, params: Params, optimizer: Any, opt_state: OptState
+) -> None:
+    load_params(model, params)
     if isinstance(optimizer, torch.optim.Optimizer):
         load_opt_state(optimizer, model, opt_state)
-    return Result(history, params, opt_state, best_epoch, plan.choice)
 
 
 def _check_options(epochs: Any, seed: Any, compile: Any, on_epoch: Any) -> None:
     for name, value in (("epochs", epochs), ("seed", seed)):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not hasattr(value, "__index__") or isinstance(value, bool):
             raise TypeError(f"fit({name}=...) must be an int, got {value!r}.")
     if epochs < 1:
         raise ValueError(f"fit(epochs=...) must be at least 1, got {epochs}.")
@@ -239,26 +263,33 @@ def _check_options(epochs: Any, seed: Any, compile: Any, on_epoch: Any) -> None:
 
 
 def _checked(
-    goal: Objective, params: Params, opt_state: OptState, batches: Iterable[Batch]
+    goal: Objective,
+    params: Params,
+    opt_state: OptState,
+    train: Iterable[Batch],
+    val: Iterable[Batch] | None,
 ) -> Iterator[Batch]:
-    """The batches, the first of which is looked at before anything is trained on it."""
-    iterator = iter(batches)
+    """The training batches, looked at before anything is trained on them."""
+    iterator = iter(train)
     try:
         first = next(iterator)
     except StopIteration:
         raise no_batches("train_loader") from None
-    batch = to_device(first, device_of(params))
+    device = device_of(params)
+    batch = to_device(first, device)
     goal.check("train_loader, batch 1", params, batch)
+    unused = goal.without_gradient(params, batch)
     groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
     decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
-    if decayed:
-        decayed &= goal.without_gradient(params, batch)
-        if decayed:
-            warnings.warn(
-                f"fit: the loss of the first batch does not depend on "
-                f"{sorted(decayed)}. Their gradient is zero, so weight decay shrinks "
-                f"them, where torch.optim would leave them alone. Freeze them with "
-                f"requires_grad_(False) if they are not used.",
-                stacklevel=3,
-            )
+    if decayed & unused:
+        warnings.warn(
+            f"fit: the loss of the first batch does not depend on "
+            f"{sorted(decayed & unused)}. Their gradient is zero, so weight decay "
+            f"shrinks them, where torch.optim would leave them alone. Freeze them with "
+            f"requires_grad_(False) if they are not used.",
+            stacklevel=3,
+        )
+    if val is not None and (seen := peek("val_loader", val)) is not None:
+        batch = to_device(seen, device)
+        goal.check("val_loader, batch 1", params, batch, train=False)
     return itertools.chain([first], iterator)

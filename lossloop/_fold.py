@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lossloop._batches import no_batches, to_device
+from lossloop._batches import as_batches, no_batches, to_device
 from lossloop._mean import Mean
 from lossloop._model import device_of
-from lossloop._types import Batch, EvalStep, OptState, Params, Step
+from lossloop._types import Batch, EvalStepFn, OptState, Params, StepFn
 
 
 def fold(
-    step: Step,
+    step: StepFn,
     params: Params,
     opt_state: OptState,
     batches: Iterable[Batch],
@@ -26,8 +26,8 @@ def fold(
         step: `step(params, opt_state, batch) -> (params, opt_state, loss_sum, n)`.
         params: To start from.
         opt_state: To start from.
-        batches: A `DataLoader` or any iterable of batches; they are moved to the device
-            of `params`.
+        batches: A `DataLoader`, any iterable of batches, or a tuple of tensors, which
+            is one batch of all the data; moved to the device of `params`.
         on_step: Called after every step with the new state and the mean so far; returns
             the state to go on with. The place for a changing rate or a progress bar.
 
@@ -48,6 +48,7 @@ def fold(
         >>> int(mean.weight)
         9
     """
+    batches = as_batches("batches", batches, passes=1)
     device = device_of(params)
     mean = Mean.empty(device)
     seen = False
@@ -61,17 +62,17 @@ def fold(
             opt_state = on_step(opt_state, mean)
         seen = True
     if not seen:
-        raise no_batches("fold: the loader")
+        raise no_batches("batches")
     return params, opt_state, mean
 
 
-def fold_eval(eval_step: EvalStep, params: Params, batches: Iterable[Batch]) -> Mean:
+def fold_eval(eval_step: EvalStepFn, params: Params, batches: Iterable[Batch]) -> Mean:
     """Carries an evaluation step over batches, with the weights frozen.
 
     Args:
         eval_step: `eval_step(params, batch) -> (loss_sum, n)`.
         params: Of the model.
-        batches: A `DataLoader` or any iterable of batches.
+        batches: As for `fold`.
 
     Returns:
         The mean over all of them; `mean.value()` reads it.
@@ -86,6 +87,7 @@ def fold_eval(eval_step: EvalStep, params: Params, batches: Iterable[Batch]) -> 
         >>> ll.fold_eval(ll.make_eval_step(goal), goal.init(), batches).value()
         1.0
     """
+    batches = as_batches("batches", batches, passes=1)
     device = device_of(params)
     mean = Mean.empty(device)
     seen = False
@@ -93,5 +95,5 @@ def fold_eval(eval_step: EvalStep, params: Params, batches: Iterable[Batch]) -> 
         mean = mean.add(*eval_step(params, to_device(batch, device)))
         seen = True
     if not seen:
-        raise no_batches("fold_eval: the loader")
+        raise no_batches("batches")
     return mean

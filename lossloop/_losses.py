@@ -5,7 +5,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -206,8 +205,10 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
         # nothing where operators do.
         warnings.filterwarnings("error", message="Using a target size")
         try:
-            with _Broadcasts(output, target) if rule is None else nullcontext():
+            if rule is not None:
                 pair(output, target)
+            else:
+                _check_broadcasts(loss_fn, output, target)
         except UserWarning as warning:
             if not str(warning).startswith("Using a target size"):
                 raise
@@ -219,7 +220,9 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
 
 
 class _Broadcasts(TorchFunctionMode):
-    """Refuses operators that pair an output of shape (N, 1) with a target of (N,)."""
+    """Notes operators that pair an output of shape (N, 1) with a target of (N,)."""
+
+    found = False
 
     def __init__(self, output: Any, target: Any) -> None:
         super().__init__()
@@ -235,13 +238,21 @@ class _Broadcasts(TorchFunctionMode):
         n = self._rows
         if n and isinstance(result, Tensor) and tuple(result.shape) == (n, n):
             shapes = {tuple(arg.shape) for arg in args if isinstance(arg, Tensor)}
-            if shapes == {(n, 1), (n,)}:
-                raise ValueError(
-                    f"the loss combines shapes ({n}, 1) and ({n},), which broadcast to "
-                    f"({n}, {n}), so that samples are compared with each other. Use "
-                    "output.squeeze(1) or target.unsqueeze(1)."
-                )
+            self.found |= shapes == {(n, 1), (n,)}
         return result
+
+
+def _check_broadcasts(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
+    with _Broadcasts(output, target) as broadcasts:
+        _function_pair(loss_fn, output, target)
+    if broadcasts.found:
+        n = len(target)
+        raise ValueError(
+            f"{loss_name(loss_fn)}: combines shapes ({n}, 1) and ({n},), which "
+            f"broadcast to ({n}, {n}), so that samples are compared with each other. "
+            "Use output.squeeze(1) or target.unsqueeze(1). If all pairs are meant, "
+            "write output.view(-1, 1) - target.view(1, -1)."
+        )
 
 
 class _Rule(NamedTuple):
@@ -411,7 +422,8 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
                 f"{tuple(target.shape)}, and the losses {tuple(result.shape)}: they "
                 "were broadcast, so that samples are compared with each other. Give "
                 "both the same shape, with squeeze(1) or unsqueeze(1). If all pairs "
-                "are meant, return (losses.sum(), losses.numel())."
+                "are meant, write output.view(-1, 1) - target.view(1, -1), and return "
+                "(losses.sum(), losses.numel())."
             )
     return _sum(result), _whole(result.numel(), result)
 
@@ -451,7 +463,7 @@ def as_pair(where: str, result: Any) -> LossPair:
     _check_real(where, n)
     real = n.is_floating_point()
     dtype = accumulator_dtype(loss_sum.device) if real else torch.int64
-    n = n.detach().reshape(()).to(loss_sum.device, dtype)
+    n = n.detach().reshape(()).to(loss_sum.device, dtype, copy=True)
     return _sum(loss_sum), n
 
 
@@ -469,9 +481,9 @@ def _check_rows(
     if rows and losses.numel() < min(rows):
         raise ValueError(
             f"{loss_name(loss_fn)}: returned {losses.numel()} losses, of shape "
-            f"{tuple(losses.shape)}, for {min(rows)} samples: it has averaged over "
-            "samples, and the weight of such a mean is lost. Return one loss per "
-            "sample, for example losses.mean(dim=1), or the pair (loss_sum, n)."
+            f"{tuple(losses.shape)}, for {min(rows)} rows: where it averages over "
+            "samples, the weight of the mean is lost. Return one loss per sample, for "
+            "example losses.mean(dim=1), or the pair (loss_sum, n)."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossloop._types import Params
 
@@ -86,6 +87,29 @@ def check_functional(where: str, model: nn.Module) -> None:
         raise TypeError(
             f"{where}: model must be a torch.nn.Module, got {type(model).__name__}."
         )
+    owners: dict[int, str] = {}
+    for name, tensor in model_params(model).items():
+        if tensor.is_meta or nn.parameter.is_lazy(tensor) or not tensor.numel():
+            continue
+        if tensor.layout is not torch.strided:
+            continue
+        expanded = any(
+            stride == 0 and size > 1
+            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        )
+        storage = tensor.untyped_storage().data_ptr()
+        if expanded or storage in owners:
+            other = "itself" if expanded else f"model.{owners[storage]}"
+            raise ValueError(
+                f"{where}: model.{name} shares its memory with {other}, so that both "
+                f"cannot be state of their own. Clone it: tensor.clone()."
+            )
+        owners[storage] = name
+    devices = sorted({str(t.device) for t in model_params(model).values()} - {"meta"})
+    if len(devices) > 1:
+        raise ValueError(
+            f"{where}: the model is spread over {devices}. Put it on one device."
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             refuse(TypeError, name, module, "it is TorchScript. Pass the nn.Module.")
@@ -106,15 +130,6 @@ def check_functional(where: str, model: nn.Module) -> None:
                 module,
                 "it has full backward hooks, which torch.func does not run. "
                 "Remove them, or compute what they do in the loss.",
-            )
-        if _train_moves_weights(module):
-            refuse(
-                TypeError,
-                name,
-                module,
-                "its train() changes weights (merging adapters, for example), so that "
-                "its tensors are not the same in training and evaluation. Switch that "
-                "off, or merge after training.",
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             refuse(
@@ -156,18 +171,16 @@ def check_functional(where: str, model: nn.Module) -> None:
                 )
 
 
-def _train_moves_weights(module: nn.Module) -> bool:
-    if type(module).train is nn.Module.train or any(
-        nn.parameter.is_lazy(t) or t.is_meta for t in module.parameters()
-    ):
-        return False
-    twin = copy.deepcopy(module)
-    for mode in (not module.training, module.training):
-        twin.train(mode)
-        pairs = zip(twin.parameters(), module.parameters(), strict=True)
-        if not all(torch.equal(moved, kept) for moved, kept in pairs):
-            return True
-    return False
+class _Writes(TorchDispatchMode):
+    """Notes whether anything is written in place."""
+
+    wrote = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.wrote |= func._schema.is_mutable
+        return func(*args, **(kwargs or {}))
 
 
 class _Body(nn.Module):
@@ -208,7 +221,16 @@ def skeleton(model: nn.Module, *, train: bool) -> nn.Module:
             f"needs: {error}. Keep what cannot be copied (locks, files, generators of "
             f"Python) out of the module."
         ) from error
-    copied.train(train)
+    with _Writes() as writes:
+        copied.train(not train)
+        copied.train(train)
+    if writes.wrote:
+        raise TypeError(
+            f"{type(model).__name__} cannot be used as a pure function: its train() "
+            f"changes weights (merging adapters, for example), so that its tensors "
+            f"are not the same in training and evaluation. Switch that off, or merge "
+            f"after training."
+        )
     return copied
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SECONDS_SAVED_PER_OPERATOR = {"cpu": 7e-6, "cuda": 1e-5}
 SECONDS_SAVED_PER_ELEMENT = {"cpu": 5e-10, "cuda": 1e-11}
 SECONDS_TO_COMPILE = 10.0
-SECONDS_TO_COMPILE_PER_OPERATOR = 0.03
+SECONDS_TO_COMPILE_PER_OPERATOR = 0.05
 FEWEST_STEPS = 100  # below, the cost is not even counted
 
 
@@ -66,7 +66,8 @@ class _Counter(TorchDispatchMode):
 def count_cost(function: Callable[..., Any], args: tuple[Any, ...]) -> Cost:
     """Counts what a pure function does by calling it once."""
     counter = _Counter()
-    cuda = [t.device for t in pytree.tree_leaves(args) if t.is_cuda][:1]
+    tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    cuda = [t.device for t in tensors if t.is_cuda][:1]
     with torch.random.fork_rng(cuda), torch.no_grad(), counter:
         function(*args)
     return Cost(counter.operators, counter.elements)

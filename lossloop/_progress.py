@@ -33,6 +33,7 @@ class Progress:
                 desc=f"Epoch {epoch}/{self._epochs}",
                 unit="batch",
                 leave=False,
+                disable=None,  # not into files
             )
             self._next_read = monotonic() + SECONDS_BETWEEN_READS
 
@@ -46,6 +47,11 @@ class Progress:
             if weight > 0:
                 self._bar.set_postfix_str(f"train_loss {total / weight:.4g}")
             self._next_read = monotonic() + SECONDS_BETWEEN_READS
+
+    def validate(self) -> None:
+        """Says that the training part of the epoch is done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str("validating")
 
     def end(self, row: Row) -> None:
         """Ends the bar and prints the epoch's line."""
@@ -61,11 +67,14 @@ class Progress:
 
 
 def describe(row: Row, epochs: int) -> str:
-    """The line of an epoch."""
-    parts = [f"Epoch {row['epoch']}/{epochs}", f"train_loss {row['train_loss']:.4g}"]
+    """The line of an epoch, in columns."""
+    parts = [
+        f"Epoch {row['epoch']:{len(str(epochs))}}/{epochs}",
+        f"train_loss {row['train_loss']:<9.4g}",
+    ]
     if row["val_loss"] is not None:
-        parts.append(f"val_loss {row['val_loss']:.4g}")
+        parts.append(f"val_loss {row['val_loss']:<9.4g}")
     if row["lr"] is not None:
-        parts.append(f"lr {row['lr']:.3g}")
-    parts.append(f"{row['seconds']:.2f} s")
+        parts.append(f"lr {row['lr']:<8.3g}")
+    parts.append(f"{row['seconds']:.2f} s of training")
     return "  ".join(parts)

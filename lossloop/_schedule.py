@@ -1,5 +1,6 @@
 """A learning-rate scheduler of torch, stepped once per step or once per epoch."""
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -37,12 +38,40 @@ class Schedule:
         self._optimizer = optimizer if instance else None
         self.rate: float | None = None
 
-    def begin(self, opt_state: OptState) -> None:
-        """Notes the rates that a run starts with."""
+    def begin(self, opt_state: OptState, steps: int | None) -> None:
+        """Notes the rates that a run of so many scheduler steps starts with."""
         if isinstance(opt_state.slots, Slots):
             self.rate = opt_state.slots.groups[0].hyper["lr"].item()
+        total = getattr(self._scheduler, "total_steps", None)
+        if steps is not None and isinstance(total, int):
+            left = total - self._scheduler.last_epoch
+            if left < steps:
+                raise ValueError(
+                    f"fit(scheduler={type(self._scheduler).__name__}) has "
+                    f"{left} steps left, but this run makes {steps} with "
+                    f"schedule_by={self._by!r}. Build it with total_steps={steps}."
+                )
         if self._optimizer is not None:
             self._followed = host_hyper(self._optimizer)
+        self.finish_epoch()
+
+    def finish_epoch(self) -> None:
+        """Notes where the scheduler is, for `restore`."""
+        if self._scheduler is not None:
+            self._finished = copy.deepcopy(self._scheduler.state_dict())
+            groups = self._scheduler.optimizer.param_groups
+            self._options = [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in groups
+            ]
+
+    def restore(self) -> None:
+        """Puts the scheduler back to the end of the last finished epoch."""
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(self._finished)
+            groups = self._scheduler.optimizer.param_groups
+            for group, options in zip(groups, self._options, strict=True):
+                group.update(options)
 
     def after_step(self, opt_state: OptState) -> OptState:
         """The state for the next step."""
@@ -50,29 +79,28 @@ class Schedule:
             return opt_state
         self.rate = self._followed[0]["lr"]
         self._scheduler.step()
-        return self._follow(opt_state)
+        return self.follow(opt_state)
 
     def after_epoch(self, opt_state: OptState, loss: float) -> OptState:
-        """The state for the next epoch, in which a caller may have changed rates too.
+        """The state for the next epoch; `loss` is for `ReduceLROnPlateau`."""
+        if self._by != "epoch":
+            return opt_state
+        plateau = isinstance(self._scheduler, ReduceLROnPlateau)
+        self._scheduler.step(*[loss] * plateau)
+        return self.follow(opt_state)
 
-        Args:
-            opt_state: After the epoch's last step.
-            loss: For `ReduceLROnPlateau`.
-        """
-        if self._by == "epoch":
-            plateau = isinstance(self._scheduler, ReduceLROnPlateau)
-            self._scheduler.step(*[loss] * plateau)
+    def follow(self, opt_state: OptState) -> OptState:
+        """The state with the rates that the optimizer's groups hold now."""
         if self._optimizer is None:
             return opt_state
-        opt_state = self._follow(opt_state)
-        self.rate = self._followed[0]["lr"]
-        return opt_state
-
-    def _follow(self, opt_state: OptState) -> OptState:
-        assert self._optimizer is not None
         opt_state = follow(self._optimizer, opt_state, self._followed)
         self._followed = host_hyper(self._optimizer)
         return opt_state
+
+    def begin_epoch(self) -> None:
+        """Notes the rate of the epoch's first step."""
+        if self._optimizer is not None:
+            self.rate = self._followed[0]["lr"]
 
 
 def _check(scheduler: Any, by: str | None, optimizer: Any) -> None:

@@ -13,7 +13,7 @@ from lossloop._optimizers import as_optimizer
 from lossloop._random import mix, seeded
 from lossloop._types import Batch, LossPair, OptState, Params, Slots
 
-Seeding = Callable[[], seeded]
+Seeding = Callable[[], Any]  # a context like `seeded`
 
 
 class Body(Protocol):

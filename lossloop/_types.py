@@ -62,7 +62,7 @@ class StepOutput(NamedTuple):
     n: Tensor  # ()
 
 
-class Step(Protocol):
+class StepFn(Protocol):
     """A pure training step."""
 
     def __call__(
@@ -72,7 +72,7 @@ class Step(Protocol):
         ...
 
 
-class EvalStep(Protocol):
+class EvalStepFn(Protocol):
     """A pure evaluation step."""
 
     def __call__(self, params: Params, batch: Batch, /) -> LossPair:

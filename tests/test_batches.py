@@ -48,9 +48,9 @@ def test_on_step_sees_the_mean_so_far_and_may_change_the_state():
 
 def test_nothing_to_fold():
     goal, step, params, opt_state = setting()
-    with pytest.raises(ValueError, match="gave no batches"):
+    with pytest.raises(ValueError, match="no batches"):
         ll.fold(step, params, opt_state, [])
-    with pytest.raises(ValueError, match="gave no batches"):
+    with pytest.raises(ValueError, match="no batches"):
         ll.fold_eval(ll.make_eval_step(goal), params, [])
 
 

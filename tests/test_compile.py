@@ -402,6 +402,41 @@ def test_what_a_model_refers_to_is_not_stale(monkeypatch):
     assert len({first, second, agreed()}) == 3
 
 
+class Child(Scaled):
+    """Inherits the factor."""
+
+
+@pytest.mark.parametrize("kind", [Scaled, Child])
+def test_class_attributes_are_not_stale(kind, monkeypatch):
+    step, params, opt_state = start(kind(), backend="aot_eager")
+    first = step(params, opt_state, batch(8))[2]
+    monkeypatch.setattr(Scaled, "factor", 3.0)
+    assert step(params, opt_state, batch(8))[2] != first
+
+
+def test_one_tensor_in_two_places_is_another_graph():
+    model = nn.Linear(5, 5)
+    step, params, opt_state = start(model, loss=nn.MSELoss(), backend="aot_eager")
+    eager = ll.make_step(ll.supervised(model, nn.MSELoss()), torch.optim.Adam)
+    x = torch.randn(4, 5)
+    for data in ((x, x), (x + 1, x), (x, x)):
+        expected = eager(params, opt_state, data)[2]
+        assert step(params, opt_state, data)[2].item() == pytest.approx(expected.item())
+
+
+def test_donation_keeps_apart_what_is_an_old_tensor_of_another_place():
+    def step(params, slow, batch):
+        moved = {"w": params["w"] - 0.1 * batch}
+        return moved, {"before": params["w"]}, batch.sum(), torch.tensor(1)
+
+    donating = ll.compile_step(step, donate=True, backend="aot_eager")
+    params, slow = {"w": torch.ones(3)}, {"before": torch.zeros(3)}
+    for k in range(3):
+        params, slow, *_ = donating(params, slow, torch.ones(3))
+        assert slow["before"].tolist() == pytest.approx([1 - 0.1 * k] * 3)
+        assert params["w"].tolist() == pytest.approx([0.9 - 0.1 * k] * 3)
+
+
 def test_too_many_changes_are_explained():
     def loss(output, target):
         return scale * nn.functional.cross_entropy(output, target, reduction="none")

@@ -5,6 +5,7 @@ import functools
 import json
 import pickle
 import random
+import sys
 import threading
 
 import numpy as np
@@ -347,6 +348,54 @@ def test_a_failure_in_the_first_epoch_changes_nothing():
     assert all(torch.equal(model.state_dict()[k], t) for k, t in before.items())
 
 
+def test_a_compiled_run_keeps_its_best_weights(monkeypatch):
+    """Donating steps write over the tensors of the best epoch."""
+    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    kept = {}
+
+    def keep(record):
+        kept[record.row["epoch"]] = {k: t.clone() for k, t in record.params.items()}
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    result = quiet(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        [(X, Y)] * 4,
+        [CASES["mlp"].batch(30, seed=8)],
+        epochs=12,
+        compile=True,
+        on_epoch=keep,
+    )
+    assert result.best_epoch < 12
+    for held in (result.params, model.state_dict()):
+        best = kept[result.best_epoch]
+        assert all(torch.equal(held[k], t) for k, t in best.items())
+
+
+def test_too_many_changes_of_a_number_go_on_eagerly(monkeypatch):
+    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    monkeypatch.setattr("lossloop._plan.SECONDS_TO_COMPILE", -1e9)
+    factor = 1.0
+
+    def change(record):
+        nonlocal factor
+        factor += 1
+
+    result = quiet(
+        nn.Linear(5, 3),
+        lambda o, y: factor * nn.functional.cross_entropy(o, y, reduction="none"),
+        ll.optim.SGD(lr=1e-9),
+        [(X, Y)] * 10,
+        epochs=12,
+        on_epoch=change,
+    )
+    assert not result.compiled.compiled
+    losses = result.history["train_loss"]
+    assert losses == pytest.approx([losses[0] * k for k in range(1, 13)], rel=1e-5)
+
+
 def test_compiled_and_eager_runs_agree(monkeypatch):
     monkeypatch.setattr("lossloop._fit.Compiled", _traced())
     train, val = loaders()
@@ -486,7 +535,9 @@ def test_progress_prints_a_line_per_epoch(capsys):
         [CASES["mlp"].batch()],
         epochs=2,
     )
-    lines = capsys.readouterr().out.strip().splitlines()
+    shown = capsys.readouterr()
+    assert shown.err == ""  # the bar is not for files
+    lines = shown.out.strip().splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("Epoch 2/2  train_loss ")
     assert "val_loss" in lines[1]
@@ -495,9 +546,10 @@ def test_progress_prints_a_line_per_epoch(capsys):
 
 def test_the_bar_shows_the_exact_running_mean(capsys, monkeypatch):
     monkeypatch.setattr("lossloop._progress.SECONDS_BETWEEN_READS", -1.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     ll.fit(
         nn.Linear(1, 1),
-        lambda out, target: target,
+        lambda out, target: target + 0 * out.squeeze(1),
         ll.optim.SGD(lr=1e-9),
         [(torch.zeros(n, 1), torch.full((n,), v)) for n, v in ((3, 1.0), (1, 5.0))],
         epochs=1,
@@ -676,7 +728,54 @@ def scheduled(model, by, **more):
     }
 
 
+def one_cycle(steps):
+    arguments = with_optimizer(mlp())
+    scheduler = lr_scheduler.OneCycleLR(
+        arguments["optimizer"], max_lr=0.1, total_steps=steps
+    )
+    return arguments | {"scheduler": scheduler}
+
+
+class HandsOutOne:
+    """A loader whose every iteration goes on with the same iterator."""
+
+    def __init__(self):
+        self.iterator = iter([(X, Y), (X, Y)])
+
+    def __iter__(self):
+        return self.iterator
+
+
+class Shares(nn.Module):
+    """A buffer that is a view of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("view", self.linear.weight.data[0])
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Expands(Shares):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("view", torch.zeros(1).expand(4))
+
+
 REFUSED = {
+    "shared iterator": (
+        {"train_loader": HandsOutOne(), "epochs": 2},
+        ValueError,
+        "train_loader is a one-shot",
+    ),
+    "buffer that views a parameter": (
+        {"model": Shares()},
+        ValueError,
+        "view shares its memory with model.linear.weight",
+    ),
+    "expanded buffer": ({"model": Expands()}, ValueError, "shares its memory"),
     "no batches": ({"train_loader": []}, ValueError, "train_loader has no batches"),
     "empty loader": (
         {"train_loader": DataLoader(TensorDataset(X, Y), 10, drop_last=True)},
@@ -803,6 +902,30 @@ REFUSED = {
         ValueError,
         "instance",
     ),
+    "scheduler too short": (
+        one_cycle(3) | {"epochs": 4, "schedule_by": "step"},
+        ValueError,
+        "3 steps left.*makes 4.*total_steps=4",
+    ),
+    "float64 data": (
+        {"train_loader": [(X.double(), Y)]},
+        TypeError,
+        r"batch\[0\] is torch.float64.*\.float\(\)",
+    ),
+    "both loaders wrong": (
+        {"train_loader": [(X, Y + 7)], "val_loader": [(X, Y + 7)]},
+        ValueError,
+        "train_loader, batch 1",
+    ),
+    "detached, no decay": (
+        {
+            "loss_fn": lambda o, y: nn.functional.cross_entropy(
+                o.detach(), y, reduction="none"
+            )
+        },
+        ValueError,
+        "does not depend on any trainable",
+    ),
     "nothing trainable": (
         {"model": mlp().requires_grad_(False)},
         ValueError,
@@ -883,7 +1006,7 @@ REFUSED = {
             "loss_fn": lambda o, y: (o - 1).square().mean(0),
         },
         ValueError,
-        r"returned 3 losses, of shape \(3,\), for 6 samples",
+        r"returned 3 losses, of shape \(3,\), for 6 rows",
     ),
     "on_epoch": ({"on_epoch": 3}, TypeError, "on_epoch"),
     "seed": ({"seed": 1.5}, TypeError, "seed"),
@@ -957,6 +1080,87 @@ def test_rates_may_be_changed_between_epochs():
         model, nn.CrossEntropyLoss(), optimizer, [(X, Y)], epochs=3, on_epoch=halve
     )
     assert result.history["lr"] == [0.1, 0.05, 0.025]
+
+
+class Dropped(nn.Module):
+    """Dropout of a transposed tensor: under torch.func it draws another mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.linear(x).T, 0.5, self.training).T
+
+
+@pytest.mark.parametrize(
+    "model", [Dropped, lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)]
+)
+def test_dropout_is_no_hidden_state(model):
+    x = torch.randn(16, 6) if model is Dropped else torch.randn(16, 5, 6)
+    quiet(model(), nn.MSELoss(), torch.optim.Adam, (x, x), (x, x), epochs=2)
+
+
+def test_a_run_may_be_stopped_and_gone_on_with():
+    def stop(record):
+        assert int(record.opt_state.step) == record.row["step"]
+        return "stop" if record.row["epoch"] == 2 else None
+
+    result = quiet(
+        mlp(),
+        nn.CrossEntropyLoss(),
+        torch.optim.Adam,
+        [(X, Y)],
+        [(X, Y)],
+        epochs=9,
+        on_epoch=stop,
+    )
+    assert result.history["epoch"] == [1, 2]
+    assert result.best_epoch == 2
+
+
+@pytest.mark.parametrize("by", ["step", "epoch"])
+def test_after_an_interruption_everything_is_at_the_last_finished_epoch(by):
+    batches = list(loaders()[0])
+
+    def setting():
+        model = mlp_on_digits()
+        optimizer = OPTIMIZERS["adam"](model.parameters())
+        total = 4 * (len(batches) if by == "step" else 1)
+        scheduler = lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=total)
+        return model, optimizer, scheduler
+
+    class Interrupted:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for number, batch in enumerate(batches):
+                if self.passes == 3 and number == 4:
+                    raise KeyboardInterrupt
+                yield batch
+
+    fit = functools.partial(
+        quiet, loss_fn=nn.CrossEntropyLoss(), compile=False, schedule_by=by
+    )
+    whole, optimizer, scheduler = setting()
+    fit(whole, optimizer=optimizer, scheduler=scheduler, train_loader=batches, epochs=4)
+    model, optimizer, scheduler = setting()
+    run = functools.partial(fit, model, optimizer=optimizer, scheduler=scheduler)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_loader=Interrupted(), epochs=4)
+    run(train_loader=batches, epochs=2)
+    torch.testing.assert_close(
+        model.state_dict(), whole.state_dict(), rtol=1e-12, atol=0
+    )
+
+
+def test_a_result_is_shown_without_its_weights():
+    result = quiet(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)], epochs=1)
+    shown = repr(result)
+    assert "train_loss" in shown
+    assert "best epoch: None" in shown
+    assert "tensor" not in shown
 
 
 def test_a_second_fit_draws_other_dropout_masks():

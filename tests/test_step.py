@@ -253,7 +253,14 @@ def test_a_batch_of_weight_zero_has_gradient_zero(mode):
     assert loss_sum == n == 0
 
 
-@pytest.mark.parametrize("clip", [{"clip_grad_norm": 0.1}, {"clip_grad_value": 0.01}])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        {"clip_grad_norm": 0.1},
+        {"clip_grad_value": 0.01},
+        {"clip_grad_norm": 0.01, "clip_grad_value": 0.01},
+    ],
+)
 @pytest.mark.parametrize("mode", ["eager", "aot_eager"])
 def test_clipping_is_torchs(clip, mode):
     _, step, params, opt_state = make("mlp", torch.optim.SGD, **clip)
@@ -263,10 +270,10 @@ def test_clipping_is_torchs(clip, mode):
     ll.load_params(model, params)
     optimizer = torch.optim.SGD(model.parameters())
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    if "clip_grad_value" in clip:
+        nn.utils.clip_grad_value_(model.parameters(), clip["clip_grad_value"])
     if "clip_grad_norm" in clip:
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    else:
-        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        nn.utils.clip_grad_norm_(model.parameters(), clip["clip_grad_norm"])
     optimizer.step()
     unclipped = ll.make_step(
         ll.supervised(model, nn.CrossEntropyLoss()), torch.optim.SGD
