@@ -105,20 +105,34 @@ class Objective:
         """
         # A skeleton for this alone: what forward leaves on it is thrown away.
         model = skeleton(self.model, train=train)
-        goal = Objective.__new__(Objective)
-        vars(goal).update(vars(self))
-        goal._functions = {train: FunctionalModel(model, self._function)}
+        functional = FunctionalModel(model, self._function)
+
+        def call(params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
+            result, buffers = functional(params, batch)
+            return *as_pair(self._where, result), buffers
+
+        def differentiate(
+            params: Params, batch: Batch
+        ) -> tuple[Tensor, Tensor, Params]:
+            def loss(trained: Params) -> tuple[Tensor, tuple[Tensor, Tensor, Params]]:
+                result = call({**params, **trained}, batch)
+                return result[0], result
+
+            trained = {name: params[name] for name in self.trainable}
+            return torch.func.grad(loss, has_aux=True)(trained)[1]
+
         try:
             with torch.no_grad(), host_generators_kept():
                 if self._check is not None:
                     with seeded(0, device_of(params)):
                         FunctionalModel(model, self._check)(*_cloned((params, batch)))
-                _watched(goal.train if train else goal._evaluated, model, params, batch)
+                _watched(call, model, params, batch)
                 # The same call twice: dropout may draw otherwise under torch.func.
-                call = goal._differentiated if train else goal._evaluated
-                first = _watched(call, model, params, batch)
-                again = _watched(call, model, params, batch)
-                for one, other in zip(first, again, strict=True):
+                again = differentiate if train else call
+                first, second = (
+                    _watched(again, model, params, batch) for _ in range(2)
+                )
+                for one, other in zip(first, second, strict=True):
                     # Some kernels of GPUs add in any order.
                     rtol = 0.0 if one.device.type == "cpu" else 1e-2
                     if not torch.allclose(one, other, rtol, 0.0, equal_nan=True):
@@ -134,19 +148,6 @@ class Objective:
                 ) from error
             error.add_note(f"This happened while lossloop looked at {place}.")
             raise
-
-    def _evaluated(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
-        return *self.evaluate(params, batch), {}
-
-    def _differentiated(
-        self, params: Params, batch: Batch
-    ) -> tuple[Tensor, Tensor, Params]:
-        def loss(trained: Params) -> tuple[Tensor, tuple[Tensor, Tensor, Params]]:
-            result = self.train({**params, **trained}, batch)
-            return result[0], result
-
-        trained = {name: params[name] for name in self.trainable}
-        return torch.func.grad(loss, has_aux=True)(trained)[1]
 
     def without_gradient(self, params: Params, batch: Batch) -> set[str]:
         """Names of trainable parameters that this batch's loss does not depend on.
