@@ -31,7 +31,11 @@ def as_batches(name: str, loader: Any, passes: int) -> Iterable[Batch]:
             f"{name} is a {type(loader).__name__}, which gives samples, not batches. "
             f"Pass DataLoader({name}, batch_size=...)."
         )
-    if isinstance(loader, tuple) and loader and all(_is_tensor(t) for t in loader):
+    if (
+        isinstance(loader, tuple)
+        and loader
+        and all(isinstance(t, Tensor) for t in loader)
+    ):
         sizes = {len(t) if t.ndim else 0 for t in loader}
         if len(sizes) > 1 or sizes == {0}:
             raise ValueError(
@@ -45,7 +49,7 @@ def as_batches(name: str, loader: Any, passes: int) -> Iterable[Batch]:
             f"{name} must give batches when iterated, got a {type(loader).__name__}. "
             f"Pass a DataLoader, a list of batches, or a tuple of tensors."
         )
-    if is_one_shot(loader) and passes > 1:
+    if passes > 1 and is_one_shot(loader):  # which calls __iter__
         raise ValueError(
             f"{name} is a one-shot iterator ({type(loader).__name__}): it is used up "
             f"after one epoch, and {passes} are to be run. Pass a DataLoader, a list, "
@@ -57,10 +61,6 @@ def as_batches(name: str, loader: Any, passes: int) -> Iterable[Batch]:
             f"and drop_last."
         )
     return loader
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def is_one_shot(loader: Iterable[Batch]) -> bool:
@@ -144,7 +144,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return batch
 
     def move(leaf: Any) -> Any:
-        return leaf.to(device, non_blocking=True) if _is_tensor(leaf) else leaf
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, batch)
 

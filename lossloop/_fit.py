@@ -142,7 +142,7 @@ def fit(
     """
     _check_options(epochs, seed, compile, on_epoch)
     check_functional("fit", model)
-    as_optimizer(optimizer)
+    formulas = as_optimizer(optimizer)
     schedule = Schedule(scheduler, schedule_by, optimizer)
     train = as_batches("train_loader", train_loader, epochs)
     val = None if val_loader is None else as_batches("val_loader", val_loader, epochs)
@@ -154,18 +154,19 @@ def fit(
             "fit(model, objective, ...): the objective was made for another module. "
             "Make it with supervised(model, ...) or objective(model, ...) of this one."
         )
-    params, opt_state = init(goal, optimizer, seed=seed)
+    params, opt_state = init(goal, formulas, seed=seed)
     step = make_step(
-        goal, optimizer, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
+        goal, formulas, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
     )
     eval_step = make_eval_step(goal)
     planned = partial(CompilePlan, wish=compile, epochs=epochs)
     plan = planned(step.body.function, batches=length(train))
     val_batches = None if val is None else length(val)
     val_plan = planned(eval_step.body.function, batches=val_batches)
-    if has_rnn(model) and not plan.give_up(" ".join(RNN_HINT.split())):
+    recurrent = has_rnn(model)
+    if recurrent and not plan.give_up(" ".join(RNN_HINT.split())):
         raise ValueError(f"fit(compile=True): {RNN_HINT}")
-    if compile is not False and not has_rnn(model):
+    if compile is not False and not recurrent:
         # The tensors of params and opt_state are our own: the step may write to them.
         step = TrainStep(Compiled(step.body.function, donate=True, plan=plan))
         eval_step = EvalStep(Compiled(eval_step.body.function, plan=val_plan))

@@ -87,24 +87,7 @@ def check_functional(where: str, model: nn.Module) -> None:
         raise TypeError(
             f"{where}: model must be a torch.nn.Module, got {type(model).__name__}."
         )
-    owners: dict[int, str] = {}
-    for name, tensor in model_params(model).items():
-        if tensor.is_meta or nn.parameter.is_lazy(tensor) or not tensor.numel():
-            continue
-        if tensor.layout is not torch.strided:
-            continue
-        expanded = any(
-            stride == 0 and size > 1
-            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        )
-        storage = tensor.untyped_storage().data_ptr()
-        if expanded or storage in owners:
-            other = "itself" if expanded else f"model.{owners[storage]}"
-            raise ValueError(
-                f"{where}: model.{name} shares its memory with {other}, so that both "
-                f"cannot be state of their own. Clone it: tensor.clone()."
-            )
-        owners[storage] = name
+    _check_memory(where, model)
     devices = sorted({str(t.device) for t in model_params(model).values()} - {"meta"})
     if len(devices) > 1:
         raise ValueError(
@@ -169,6 +152,30 @@ def check_functional(where: str, model: nn.Module) -> None:
                     f"its {key} is on the meta device and has no values. Call "
                     f"model.to_empty(device=...) and initialise it first.",
                 )
+
+
+def _check_memory(where: str, model: nn.Module) -> None:
+    """Refuses tensors that overlap in memory; parts of one flat buffer do not."""
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for name, tensor in model_params(model).items():
+        if tensor.is_meta or nn.parameter.is_lazy(tensor) or not tensor.numel():
+            continue
+        if tensor.layout is not torch.strided:
+            continue
+        steps = list(zip(tensor.stride(), tensor.shape, strict=True))
+        first = tensor.storage_offset()
+        last = first + sum(stride * (size - 1) for stride, size in steps)
+        start, end = int(first * tensor.itemsize), int((last + 1) * tensor.itemsize)
+        shared = spans.setdefault(tensor.untyped_storage().data_ptr(), [])
+        others = [f"model.{other}" for a, b, other in shared if a < end and start < b]
+        if any(stride == 0 and size > 1 for stride, size in steps):
+            others = ["itself"]
+        if others:
+            raise ValueError(
+                f"{where}: model.{name} shares its memory with {others[0]}, so that "
+                f"both cannot be state of their own. Clone it: tensor.clone()."
+            )
+        shared.append((start, end, name))
 
 
 class _Writes(TorchDispatchMode):

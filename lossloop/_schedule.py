@@ -61,7 +61,7 @@ class Schedule:
             self._finished = copy.deepcopy(self._scheduler.state_dict())
             groups = self._scheduler.optimizer.param_groups
             self._options = [
-                {key: value for key, value in group.items() if key != "params"}
+                copy.deepcopy({k: v for k, v in group.items() if k != "params"})
                 for group in groups
             ]
 

@@ -46,6 +46,20 @@ def test_on_step_sees_the_mean_so_far_and_may_change_the_state():
     assert state.seed == 3
 
 
+def test_a_fold_begins_to_read_its_loader_once():
+    class Loader:
+        begun = 0
+
+        def __iter__(self):
+            self.begun += 1
+            return iter([CASES["mlp"].batch()])
+
+    _, step, params, opt_state = setting()
+    loader = Loader()
+    ll.fold(step, params, opt_state, loader)
+    assert loader.begun == 1
+
+
 def test_nothing_to_fold():
     goal, step, params, opt_state = setting()
     with pytest.raises(ValueError, match="no batches"):

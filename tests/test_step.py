@@ -139,6 +139,22 @@ def test_tied_weights_are_one_parameter():
     assert torch.equal(goal.model.out.weight, new["embed.weight"])
 
 
+def test_parts_of_one_flat_buffer_are_state_of_their_own():
+    """As cuDNN packs the weights of recurrent layers."""
+    model = mlp()
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    sizes = [p.numel() for p in model.parameters()]
+    for p, part in zip(model.parameters(), flat.split(sizes), strict=True):
+        p.data = part.view(p.shape)
+    goal = ll.supervised(model, nn.CrossEntropyLoss())
+    params, opt_state = ll.init(goal, torch.optim.SGD)
+    new, *_ = ll.make_step(goal, torch.optim.SGD)(
+        params, opt_state, CASES["mlp"].batch()
+    )
+    ll.load_params(model, new)
+    assert all(torch.equal(p, new[name]) for name, p in model.named_parameters())
+
+
 def test_frozen_parameters_are_carried():
     _, step, params, opt_state = make("frozen")
     new, state, *_ = step(params, opt_state, CASES["frozen"].batch())
