@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from lossloop import optim
+from lossloop._batches import pad_last
 from lossloop._compile import compile_step
 from lossloop._fit import EpochRecord, Result, fit
 from lossloop._fold import fold, fold_eval
@@ -40,5 +41,6 @@ __all__ = [
     "make_step",
     "objective",
     "optim",
+    "pad_last",
     "supervised",
 ]

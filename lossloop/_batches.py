@@ -69,6 +69,8 @@ def is_one_shot(loader: Iterable[Batch]) -> bool:
     Of a `DataLoader` over a stream, the stream is looked at.
     """
     source: Any = loader
+    if isinstance(loader, PaddedLast):
+        return is_one_shot(loader.batches)
     if isinstance(loader, DataLoader):
         if not isinstance(loader.dataset, IterableDataset):
             return False
@@ -116,6 +118,8 @@ def peek(name: str, loader: Iterable[Batch]) -> Batch | None:
 
     None where that is impossible (iterators, streams) or dear (worker processes).
     """
+    if isinstance(loader, PaddedLast):
+        return peek(name, loader.batches)
     if isinstance(loader, DataLoader):
         if loader.num_workers or isinstance(loader.dataset, IterableDataset):
             return None
@@ -133,6 +137,141 @@ def no_batches(name: str) -> ValueError:
         f"{name} gave no batches. Check the data set, batch_size, drop_last, and that "
         f"it is no iterator that has been read already."
     )
+
+
+def rows(batch: Batch) -> int:
+    """How many samples a batch holds: the leading dimension its tensors share.
+
+    Tensors of shape () and numbers belong to all samples.
+
+    Raises:
+        ValueError: If the tensors do not share it, or there is none.
+        TypeError: If there is anything else in the batch, which cannot be cut.
+    """
+    found: dict[str, int] = {}
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, Tensor):
+            if leaf.dim():
+                found[f"batch{pytree.keystr(path)}"] = leaf.shape[0]
+        elif leaf is not None and not isinstance(leaf, int | float):
+            raise TypeError(
+                f"batch{pytree.keystr(path)} is a {type(leaf).__name__}, which cannot "
+                f"be cut into samples. Make it a tensor, with the samples first."
+            )
+    if len(set(found.values())) != 1:
+        raise ValueError(
+            f"the batch cannot be cut into samples, because its tensors do not share "
+            f"their first dimension: {found or 'none has one'}. Put the samples first "
+            f"in all of them (batch_first=True, padded targets)."
+        )
+    return next(iter(found.values()))
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Cuts a batch along its samples into parts whose sizes differ by one at most.
+
+    The parts are views. A batch of fewer samples gives as many parts as it has samples,
+    and an empty one gives itself.
+
+    Args:
+        batch: See `rows` for what can be cut.
+        parts: How many.
+    """
+    parts = max(1, min(parts, rows(batch)))
+    leaves, form = pytree.tree_flatten(batch)
+    cut = [
+        leaf.tensor_split(parts)
+        if isinstance(leaf, Tensor) and leaf.dim()
+        else [leaf] * parts
+        for leaf in leaves
+    ]
+    return [pytree.tree_unflatten(part, form) for part in zip(*cut, strict=True)]
+
+
+class PaddedLast:
+    """Batches of one size; see `pad_last`.
+
+    Attributes:
+        batches: As they come, not padded.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        """As many as there are without padding."""
+        return len(self.batches)  # pyright: ignore[reportArgumentType]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Starts a pass; its first batch says how large they all become."""
+        size = None
+        for number, batch in enumerate(self.batches, 1):
+            size = size or rows(batch)
+            if rows(batch) > size:
+                raise ValueError(
+                    f"pad_last: batch {number} has {rows(batch)} samples, more than "
+                    f"the first, which has {size}. Let the first be the largest."
+                )
+            yield padded(batch, size)
+
+
+def padded(batch: Batch, size: int) -> Batch:
+    """`(inputs, targets, weights)` with `size` samples, those added having weight 0."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise TypeError(
+            f"pad_last: a batch must be (inputs, targets) or (inputs, targets, "
+            f"weights), got a {type(batch).__name__}. Weights have no place in others."
+        )
+    count = rows(batch)
+    if not count:
+        raise ValueError("pad_last: an empty batch has no sample to repeat.")
+    tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+    # Whole numbers, so that n stays a count.
+    ones = torch.ones(count, dtype=torch.int64, device=tensors[0].device)
+    inputs, targets, weights = (*batch, ones)[:3]
+
+    def pad(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        # A real sample, and not zeros: whatever the model does to it is finite.
+        last = leaf[-1:].expand(size - count, *leaf.shape[1:])
+        return torch.cat([leaf, last])
+
+    absent = torch.zeros(size - count, dtype=weights.dtype, device=weights.device)
+    return (
+        *pytree.tree_map(pad, (inputs, targets)),
+        torch.cat([weights, absent]),
+    )
+
+
+def pad_last(batches: Iterable[Batch]) -> PaddedLast:
+    """Pads smaller batches to the size of the first, with samples of weight 0.
+
+    So all batches have one shape, and one graph is compiled for them. The padding
+    repeats the last sample of the batch. It changes no sum and no gradient, as long as
+    samples do not act on each other: in BatchNorm in train mode and in losses that
+    compare samples they do.
+
+    Args:
+        batches: A `DataLoader` or other iterable of `(inputs, targets)` or `(inputs,
+            targets, weights)`, pytrees of tensors with the samples first.
+
+    Returns:
+        An iterable of `(inputs, targets, weights)`, as long as `batches`, and as often
+        to be read. `supervised` takes such batches.
+
+    Raises:
+        ValueError: When a batch is larger than the first, or cannot be padded.
+        TypeError: When a batch has another form.
+
+    Example:
+        >>> batches = [(torch.ones(n, 2), torch.ones(n)) for n in (2, 1)]
+        >>> for inputs, targets, weights in pad_last(batches):
+        ...     print(tuple(inputs.shape), weights.tolist())
+        (2, 2) [1, 1]
+        (2, 2) [1, 0]
+    """
+    return PaddedLast(batches)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

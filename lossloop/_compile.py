@@ -12,7 +12,7 @@ from torch._dynamo import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.utils import _pytree as pytree
 
-from lossloop._step import EvalStep, Seeding, TrainStep
+from lossloop._step import Body, EvalStep, MicroBatches, Seeding, TrainStep
 from lossloop._types import Batch
 
 CANNOT_COMPILE = """\
@@ -200,12 +200,20 @@ class Compiled:
         self,
         function: Callable[..., Any],
         *,
-        donate: bool = False,
+        donate: int = 0,
         backend: str | Callable[..., Any] = "inductor",
         plan: Plan | None = None,
     ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            function: Pure, from tensors to tensors; its last argument is the batch.
+            donate: How many of its first arguments the first results overwrite.
+            backend: Of `torch.compile`.
+            plan: Who decides whether to compile; None to do so in any case.
+        """
         self.function = function
-        self._written = _donating(function) if donate else function
+        self._written = _donating(function, donate) if donate else function
         self._donate = donate
         self._plan = plan
         self._backend: Callable[..., Any]
@@ -248,7 +256,7 @@ class Compiled:
                     return self._impossible(seeding, args, error)
                 self._graphs[shape] = graph
         # A donating function wrote into its arguments and returns only what is new.
-        return (*args[:-1], *result) if self._donate else result
+        return (*args[: self._donate], *result) if self._donate else result
 
     def _eagerly(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
         with seeding():
@@ -289,13 +297,13 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def _donating(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body, writing its new state into the tensors of the old one."""
+def _donating(body: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """The body, writing its first results into the tensors of its first arguments."""
 
-    def donating(params: Any, state: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        new_params, new_state, loss_sum, n = body(params, state, batch)
-        _write((params, state), (new_params, new_state))
-        return loss_sum, n
+    def donating(*args: Any) -> tuple[Any, ...]:
+        results = body(*args)
+        _write(args[:count], results[:count])
+        return results[count:]
 
     return donating
 
@@ -380,16 +388,16 @@ def compile_step(
         4
     """
     if isinstance(step, TrainStep):
-        return TrainStep(Compiled(_function(step), donate=donate, backend=backend))
+        return TrainStep(compiled(step.body, donate=donate, backend=backend))
     if isinstance(step, EvalStep):
         if donate:
             raise ValueError(
                 "compile_step(donate=True) is for training steps: an eval step has no "
                 "new state to write."
             )
-        return EvalStep(Compiled(_function(step), backend=backend))
-    compiled = Compiled(step, donate=donate, backend=backend)
-    return functools.partial(compiled, _Unseeded)
+        return EvalStep(compiled(step.body, donate=False, backend=backend))
+    own = Compiled(step, donate=2 if donate else 0, backend=backend)
+    return functools.partial(own, _Unseeded)
 
 
 class _Unseeded:
@@ -405,7 +413,42 @@ class _Unseeded:
         return []
 
 
-def _function(step: TrainStep | EvalStep) -> Callable[..., Any]:
-    if isinstance(step.body, Compiled):
-        raise ValueError("compile_step: this step is compiled already.")
-    return step.body.function
+def compiled(
+    body: Body,
+    *,
+    donate: bool,
+    backend: str | Callable[..., Any] = "inductor",
+    plan: Callable[[Callable[..., Any]], Plan | None] = lambda function: None,
+) -> Body:
+    """The body of a step, compiled.
+
+    That of one with micro-batches is compiled in two parts, what is done for each and
+    what is done once: in one graph nobody would have to free the activations of one
+    micro-batch before the next, and the time to compile would grow with their number.
+
+    Args:
+        body: Not compiled yet.
+        donate: Whether the first results overwrite the state that is passed in.
+        backend: Of `torch.compile`.
+        plan: Makes the plan for a function that is to be compiled.
+    """
+    if isinstance(body, MicroBatches):
+        if isinstance(body.add, Compiled):
+            raise ValueError(_COMPILED_ALREADY)
+        add, update = body.add.function, body.update.function
+        return body._replace(
+            # The sum of gradients is the step's own in any case.
+            add=Compiled(add, donate=1, backend=backend, plan=plan(add)),
+            update=Compiled(
+                update, donate=2 if donate else 0, backend=backend, plan=plan(update)
+            ),
+        )
+    if isinstance(body, Compiled):
+        raise ValueError(_COMPILED_ALREADY)
+    function = body.function
+    return Compiled(
+        function, donate=2 if donate else 0, backend=backend, plan=plan(function)
+    )
+
+
+_COMPILED_ALREADY = "compile_step: this step is compiled already."

@@ -11,8 +11,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from lossloop._batches import as_batches, length, no_batches, peek, to_device
-from lossloop._compile import RNN_HINT, Compiled
+from lossloop._batches import (
+    PaddedLast,
+    as_batches,
+    length,
+    no_batches,
+    peek,
+    rows,
+    to_device,
+)
+from lossloop._compile import RNN_HINT, compiled
+from lossloop._coupling import coupled_layers, coupled_loss, coupled_model
 from lossloop._fold import fold, fold_eval
 from lossloop._history import History, Row
 from lossloop._mean import Mean
@@ -72,6 +81,7 @@ def fit(
     epochs: int,
     scheduler: Any = None,
     schedule_by: Literal["step", "epoch"] | None = None,
+    accumulate: int = 1,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
     restore_best: bool = True,
@@ -79,6 +89,7 @@ def fit(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    pad_last: bool = False,
     on_epoch: Callable[[EpochRecord], object] | None = None,
 ) -> Result:
     """Trains a model, and reports losses that are exact.
@@ -102,6 +113,9 @@ def fit(
         epochs: How often to go through the training data.
         scheduler: A `torch.optim.lr_scheduler` built on `optimizer`.
         schedule_by: When to step it: after every "step" or every "epoch".
+        accumulate: Cut each batch into this many micro-batches, to save memory; loss
+            and update stay those of the batch. See `make_step`. (Trainers that make one
+            step of k loader batches want `batch_size` k times larger here.)
         clip_grad_norm: See `make_step`.
         clip_grad_value: See `make_step`.
         restore_best: Whether to end with the weights of the lowest validation loss.
@@ -111,6 +125,10 @@ def fit(
         device: Where to move the model first; default, where it is.
         seed: Of dropout and other random layers. Shuffling is the loader's.
         progress: Whether to show a bar and print a line per epoch.
+        pad_last: Whether to pad smaller batches, such as the last, to the size of the
+            first with samples of weight 0, so that one shape is compiled; see the
+            function `pad_last`. Batches must be (inputs, targets), with or without
+            weights, and samples must not act on each other.
         on_epoch: Called with an `EpochRecord` after each epoch. It may change rates in
             the groups of a torch optimizer, and end the run by returning "stop". What
             it changes in the model is not seen: the run has a copy.
@@ -154,22 +172,37 @@ def fit(
             "fit(model, objective, ...): the objective was made for another module. "
             "Make it with supervised(model, ...) or objective(model, ...) of this one."
         )
+    if pad_last:
+        _check_padding(goal)
+        train, val = PaddedLast(train), None if val is None else PaddedLast(val)
     params, opt_state = init(goal, formulas, seed=seed)
     step = make_step(
-        goal, formulas, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
+        goal,
+        formulas,
+        accumulate=accumulate,
+        clip_grad_norm=clip_grad_norm,
+        clip_grad_value=clip_grad_value,
     )
-    eval_step = make_eval_step(goal)
-    planned = partial(CompilePlan, wish=compile, epochs=epochs)
-    plan = planned(step.body.function, batches=length(train))
+    plans: list[CompilePlan] = []
+
+    def planned(batches: int | None, function: Callable[..., Any]) -> CompilePlan:
+        plan = CompilePlan(function, wish=compile, epochs=epochs, batches=batches)
+        plans.append(plan)
+        return plan
+
+    # The tensors of params and opt_state are our own: the step may write to them.
+    step = TrainStep(
+        compiled(step.body, donate=True, plan=partial(planned, length(train)))
+    )
     val_batches = None if val is None else length(val)
-    val_plan = planned(eval_step.body.function, batches=val_batches)
-    recurrent = has_rnn(model)
-    if recurrent and not plan.give_up(" ".join(RNN_HINT.split())):
-        raise ValueError(f"fit(compile=True): {RNN_HINT}")
-    if compile is not False and not recurrent:
-        # The tensors of params and opt_state are our own: the step may write to them.
-        step = TrainStep(Compiled(step.body.function, donate=True, plan=plan))
-        eval_step = EvalStep(Compiled(eval_step.body.function, plan=val_plan))
+    eval_body = make_eval_step(goal).body
+    eval_step = EvalStep(
+        compiled(eval_body, donate=False, plan=partial(planned, val_batches))
+    )
+    if has_rnn(model):
+        for plan in plans:
+            if not plan.give_up(" ".join(RNN_HINT.split())):
+                raise ValueError(f"fit(compile=True): {RNN_HINT}")
 
     scheduled = length(train) if schedule_by == "step" else 1
     schedule.begin(opt_state, None if scheduled is None else scheduled * epochs)
@@ -182,7 +215,7 @@ def fit(
     history, best_epoch, best = History(), None, params
     best_loss = float("inf")
     try:
-        batches = _checked(goal, params, opt_state, train, val)
+        batches = _checked(goal, params, opt_state, train, val, accumulate)
         for epoch in range(1, epochs + 1):
             bar.begin(epoch)
             schedule.begin_epoch()
@@ -218,8 +251,8 @@ def fit(
             )
             _write_back(model, params, optimizer, opt_state)
             schedule.finish_epoch()
-            plan.end_epoch()
-            val_plan.end_epoch()
+            for plan in plans:
+                plan.end_epoch()
             bar.end(history[-1])
             if on_epoch is not None:
                 said = on_epoch(EpochRecord(history[-1], params, opt_state))
@@ -234,7 +267,7 @@ def fit(
     if restore_best and best_epoch is not None:
         params = best
         load_params(model, params)
-    return Result(history, params, opt_state, best_epoch, plan.choice)
+    return Result(history, params, opt_state, best_epoch, plans[0].choice)
 
 
 def _write_back(
@@ -263,12 +296,28 @@ def _check_options(epochs: Any, seed: Any, compile: Any, on_epoch: Any) -> None:
         )
 
 
+def _check_padding(goal: Objective) -> None:
+    if goal.loss_fn is None:
+        raise TypeError(
+            "fit(pad_last=True) gives the loss weights, and only a loss_fn "
+            "(output, target) takes them. For an objective of your own, pass "
+            "pad_last(loader) as the loader and use the weights in its function."
+        )
+    if layer := coupled_layers(goal):
+        raise ValueError(
+            f"fit(pad_last=True): {layer}, which samples of weight 0 would change. "
+            f"Leave pad_last out (an odd last batch then has a graph of its own, or "
+            f"runs eagerly), or use GroupNorm or LayerNorm instead."
+        )
+
+
 def _checked(
     goal: Objective,
     params: Params,
     opt_state: OptState,
     train: Iterable[Batch],
     val: Iterable[Batch] | None,
+    accumulate: int,
 ) -> Iterator[Batch]:
     """The training batches, looked at before anything is trained on them."""
     iterator = iter(train)
@@ -289,6 +338,33 @@ def _checked(
             f"shrinks them, where torch.optim would leave them alone. Freeze them with "
             f"requires_grad_(False) if they are not used.",
             stacklevel=3,
+        )
+    if reason := coupled_loss(goal, params, batch):
+        warnings.warn(
+            f"fit: the loss of the first batch is not the sum of the losses of its "
+            f"parts: {reason}. As it stands there is no mean over samples: train_loss "
+            f"and val_loss are the sum of loss_sum over the batches, as the loader cut "
+            f"them, divided by the sum of n. Compare them only between runs with the "
+            f"same batch size.",
+            stacklevel=3,
+        )
+    padded = isinstance(train, PaddedLast)
+    if (accumulate > 1 or padded) and (reason := coupled_model(goal, params, batch)):
+        if padded:
+            raise ValueError(
+                f"fit(pad_last=True): samples act on each other, so that those of "
+                f"weight 0 would change the others: {reason}. Leave pad_last out."
+            )
+        warnings.warn(
+            f"fit(accumulate={accumulate}): samples act on each other, so that a step "
+            f"over micro-batches is not that of the whole batch: {reason}.",
+            stacklevel=3,
+        )
+    if accumulate > 1 and accumulate > rows(batch):
+        raise ValueError(
+            f"fit(accumulate={accumulate}): train_loader, batch 1 has {rows(batch)} "
+            f"samples, which cannot be cut into {accumulate} micro-batches. One batch "
+            f"makes one step here: raise the batch_size of the loader."
         )
     if val is not None and (seen := peek("val_loader", val)) is not None:
         batch = to_device(seen, device)

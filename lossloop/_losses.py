@@ -35,13 +35,13 @@ from lossloop._loss_checks import (
     variances,
 )
 from lossloop._random import seeded
-from lossloop._types import LossPair, accumulator_dtype
+from lossloop._types import LossPair, PairFn, accumulator_dtype
 
 Args = tuple[Any, ...]
 """What a loss module's `forward` takes, in its order."""
 
 
-def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
+def loss_pair(loss_fn: Callable[..., Any]) -> PairFn:
     """Makes a loss return its sum and the sum of its weights, which add over batches.
 
     The weights are those by which the loss's own `reduction="mean"` divides, so that
@@ -52,6 +52,9 @@ def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
     - for class indices, the weight of the target's class, and 0 for `ignore_index`;
     - samples, for `KLDivLoss(reduction="batchmean")` and for `CTCLoss`, which divides
       the loss of each sample by the length of its target first.
+
+    Samples may have weights of their own, which multiply both sums: a sample of weight
+    0 is absent, and one of weight 2 counts twice. They come on top of class weights.
 
     The `reduction` of a module changes nothing else, and the module itself is copied,
     not touched. Losses in float16 and bfloat16 are computed in float32.
@@ -68,16 +71,18 @@ def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
             returns a tensor with one loss per sample or element, or `(loss_sum, n)`.
 
     Returns:
-        `(output, target) -> (loss_sum, n)`, both of shape () on the output's device:
-        `loss_sum` in float64 (float32 where the device has none); `n` in int64 if it
-        counts, in the dtype of `loss_sum` if it adds real weights; no gradient flows
-        through `n`. Reads nothing on the host, so it compiles and differentiates.
+        `(output, target, weights=None) -> (loss_sum, n)`, where `weights` has shape
+        (B,), one for each sample, and the results have shape (), on the output's
+        device: `loss_sum` in float64 (float32 where the device has none); `n` in int64
+        if it counts, in the dtype of `loss_sum` if it adds real weights; no gradient
+        flows through `n`. Reads nothing on the host, so it compiles and differentiates.
 
     Raises:
         TypeError: `loss_fn` cannot be called, has parameters to train, or its function
             returns neither a tensor nor a pair.
-        ValueError: The function returns a scalar, whose weight nobody can know, or the
-            shapes of output and target do not fit (when the pair is computed).
+        ValueError: The function returns a scalar, whose weight nobody can know, or a
+            pair although the samples have weights, or the shapes of output, target and
+            weights do not fit (when the pair is computed).
 
     Example:
         >>> pair = loss_pair(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0])))
@@ -86,6 +91,9 @@ def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
         tensor(4., dtype=torch.float64)
         >>> round((loss_sum / n).item(), 4)
         0.6931
+        >>> weights = torch.tensor([1, 0, 1])  # the second sample is absent
+        >>> pair(torch.zeros(3, 2), torch.tensor([0, 1, 0]), weights)[1]
+        tensor(2., dtype=torch.float64)
     """
     _check_loss_fn(loss_fn)
     rule = _rule(loss_fn)
@@ -97,7 +105,7 @@ def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
     module = _private_copy(loss_fn)
     weigh = rule.weigh
     if isinstance(module, nn.KLDivLoss) and module.reduction == "batchmean":
-        weigh = _count_rows
+        weigh = _weigh_sample_once
     elif module.reduction not in ("mean", "sum", "none"):
         raise ValueError(
             f"{loss_name(module)}: reduction is {module.reduction!r}, which it cannot "
@@ -105,19 +113,22 @@ def loss_pair(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
         )
     module.reduction = "none"
 
-    def module_pair(output: Any, target: Any) -> LossPair:
+    def module_pair(
+        output: Any, target: Any, weights: Tensor | None = None
+    ) -> LossPair:
         args = _arguments(module, rule, output, target)
         losses = rule.losses(module, args)
-        return _sum(losses), weigh(module, args, losses)
+        return _pair(loss_name(module), losses, weigh(module, args, losses), weights)
 
     return module_pair
 
 
-def batch_mean(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
+def batch_mean(loss_fn: Callable[..., Any]) -> PairFn:
     """States that a function returns the plain mean over the samples of its batch.
 
     The batch then weighs as many as the target has rows. This is wrong for class
-    weights, masks and `ignore_index`: return `(loss_sum, n)` for those.
+    weights, masks and `ignore_index`: return `(loss_sum, n)` for those. Weights of
+    samples are refused: in a mean that is taken already they cannot be applied.
 
     Args:
         loss_fn: `(output, target)` that returns a mean, a tensor of one element.
@@ -140,13 +151,15 @@ def batch_mean(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
         tensor(4)
     """
     _check_loss_fn(loss_fn)
-    if _rule(loss_fn) is not None:
+    if is_torch_loss(loss_fn):
         raise TypeError(
             f"batch_mean: loss_fn is {type(loss_fn).__name__}, whose weights are "
             "known. Pass the module itself, without batch_mean."
         )
 
-    def mean_pair(output: Any, target: Any) -> LossPair:
+    def mean_pair(output: Any, target: Any, weights: Tensor | None = None) -> LossPair:
+        if weights is not None:
+            raise ValueError(_NO_PLACE_FOR_WEIGHTS.format(loss=loss_name(loss_fn)))
         mean = loss_fn(output, target)
         if not isinstance(mean, Tensor):
             raise TypeError(
@@ -171,7 +184,17 @@ def batch_mean(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], LossPair]:
     return mean_pair
 
 
-def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
+def is_torch_loss(loss_fn: Any) -> bool:
+    """Whether the weights of its mean are those that `torch.nn` documents."""
+    return _torch_class(loss_fn) is not None
+
+
+def check_loss(
+    loss_fn: Callable[..., Any],
+    output: Any,
+    target: Any,
+    weights: Tensor | None = None,
+) -> None:
     """Refuses a first batch whose values or shapes the loss would misread.
 
     Reads the values on the host, so it belongs before training, not into a step.
@@ -180,12 +203,14 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
         loss_fn: As for `loss_pair`.
         output: What the model returned for the batch.
         target: What the batch holds for it.
+        weights: Of the samples, if the batch holds them.
 
     Raises:
         TypeError: A tensor has a dtype that the loss does not take, or `loss_pair`
             refuses `loss_fn`.
         ValueError: Shapes that differ and would broadcast, labels that are no class,
-            probabilities outside [0, 1], signs other than -1 and 1, a scalar loss.
+            probabilities outside [0, 1], signs other than -1 and 1, negative weights,
+            a scalar loss.
 
     Example:
         >>> check_loss(nn.CrossEntropyLoss(), torch.zeros(2, 3), torch.tensor([0, 3]))
@@ -205,10 +230,9 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
         # nothing where operators do.
         warnings.filterwarnings("error", message="Using a target size")
         try:
-            if rule is not None:
-                pair(output, target)
-            else:
+            if rule is None:
                 _check_broadcasts(loss_fn, output, target)
+            pair(output, target, weights)
         except UserWarning as warning:
             if not str(warning).startswith("Using a target size"):
                 raise
@@ -217,6 +241,11 @@ def check_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> None:
                 "broadcast, so that samples are compared with each other. "
                 "Give both the same shape, with squeeze or unsqueeze."
             ) from None
+    if weights is not None and (weights < 0).any():
+        raise ValueError(
+            f"{loss_name(loss_fn)}: weights[{int((weights < 0).nonzero()[0])}] is "
+            "negative. A sample counts 0 times or more."
+        )
 
 
 class _Broadcasts(TorchFunctionMode):
@@ -262,7 +291,8 @@ class _Rule(NamedTuple):
     check_shapes: Callable[..., None]  # (module, *args), static: also while tracing
     check_values: Callable[..., None]  # (module, *args), reads the device
     losses: Callable[[Any, Args], Tensor]  # each one as its mean adds it
-    weigh: Callable[[Any, Args, Tensor], Tensor]  # what its mean divides by
+    weigh: Callable[[Any, Args, Tensor], Tensor | int]  # what its mean divides by: for
+    # each sample, as a tensor whose rows are to be added, or as one number for all
 
 
 # --- losses and weights ---------------------------------------------------------------
@@ -274,6 +304,57 @@ def _sum(losses: Tensor) -> Tensor:
 
 def _whole(n: int, like: Tensor) -> Tensor:
     return torch.full((), n, dtype=torch.int64, device=like.device)
+
+
+def _pair(
+    where: str, losses: Tensor, counts: Tensor | int, weights: Tensor | None
+) -> LossPair:
+    """Adds up the losses and what each sample counts, with weights if there are any."""
+    if weights is None:
+        if isinstance(counts, int):
+            return _sum(losses), _whole(counts * _rows(losses), losses)
+        return _sum(losses), counts.sum(dtype=_sum_dtype(counts))
+    _check_weights(where, losses, weights)
+    weights = weights.to(losses.device)
+    each = _by_sample(losses).sum(1, dtype=_sum_dtype(losses))
+    # An infinite loss of an absent sample must not make the sum NaN.
+    loss_sum = (each * weights).where(weights != 0, 0).sum()
+    if isinstance(counts, Tensor):
+        counts = _by_sample(counts).sum(1, dtype=_sum_dtype(counts))
+    return loss_sum, (weights.detach().to(_sum_dtype(weights)) * counts).sum()
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    wide = accumulator_dtype(values.device)
+    return wide if values.is_floating_point() else torch.int64
+
+
+def _rows(losses: Tensor) -> int:
+    return losses.shape[0] if losses.dim() else 1
+
+
+def _by_sample(values: Tensor) -> Tensor:
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
+
+
+def _check_weights(where: str, losses: Tensor, weights: Any) -> None:
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        raise TypeError(
+            f"{where}: weights must be a tensor of real numbers, got "
+            f"{getattr(weights, 'dtype', type(weights).__name__)}."
+        )
+    if not losses.dim() or weights.shape != losses.shape[:1]:
+        raise ValueError(
+            f"{where}: weights has shape {tuple(weights.shape)}, but the losses have "
+            f"{tuple(losses.shape)}: give one weight to each sample, in a tensor of "
+            f"shape {tuple(losses.shape[:1]) or '(B,) for a batch of B'}."
+        )
+
+
+_NO_PLACE_FOR_WEIGHTS = """\
+{loss}: the batch holds weights of samples, but this loss is added up or averaged \
+already, so that they cannot be applied. Return one loss per sample from it, or apply \
+the weights inside and leave them out of the batch."""
 
 
 def _module_losses(module: nn.Module, args: Args) -> Tensor:
@@ -321,24 +402,24 @@ def _ctc_losses(module: nn.CTCLoss, args: Args) -> Tensor:
     return losses / lengths.clamp(min=1)
 
 
-def _count_losses(module: nn.Module, args: Args, losses: Tensor) -> Tensor:
-    return _whole(losses.numel(), losses)
+def _weigh_elements(module: nn.Module, args: Args, losses: Tensor) -> int:
+    return math.prod(losses.shape[1:])
 
 
-def _count_rows(module: nn.Module, args: Args, losses: Tensor) -> Tensor:
-    return _whole(args[0].shape[0] if args[0].dim() else 1, losses)
+def _weigh_sample_once(module: nn.Module, args: Args, losses: Tensor) -> int:
+    return 1
 
 
-def _sum_class_weights(module: Any, args: Args, losses: Tensor) -> Tensor:
+def _weigh_classes(module: Any, args: Args, losses: Tensor) -> Tensor | int:
     output, target = args
     if target.is_floating_point():
         # Class weights scale the losses of probability targets, not their denominator.
-        return _count_losses(module, args, losses)
+        return _weigh_elements(module, args, losses)
     kept = target != module.ignore_index
     if module.weight is None:
-        return kept.sum()
+        return kept
     weight = _buffers(module, output)["weight"].detach()
-    return _sum(weight[target.where(kept, 0)] * kept)
+    return weight[target.where(kept, 0)] * kept
 
 
 # --- arguments ------------------------------------------------------------------------
@@ -396,10 +477,17 @@ def _widened(value: Any) -> Any:
 # --- users' functions -----------------------------------------------------------------
 
 
-def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> LossPair:
+def _function_pair(
+    loss_fn: Callable[..., Any],
+    output: Any,
+    target: Any,
+    weights: Tensor | None = None,
+) -> LossPair:
     result = loss_fn(output, target)
     kind = type(result).__name__
     if isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) == 2:
+        if weights is not None:
+            raise ValueError(_NO_PLACE_FOR_WEIGHTS.format(loss=loss_name(loss_fn)))
         return as_pair(loss_name(loss_fn), result)
     if not isinstance(result, Tensor):
         raise TypeError(
@@ -425,7 +513,8 @@ def _function_pair(loss_fn: Callable[..., Any], output: Any, target: Any) -> Los
                 "are meant, write output.view(-1, 1) - target.view(1, -1), and return "
                 "(losses.sum(), losses.numel())."
             )
-    return _sum(result), _whole(result.numel(), result)
+    counts = math.prod(result.shape[1:])
+    return _pair(loss_name(loss_fn), result, counts, weights)
 
 
 def as_pair(where: str, result: Any) -> LossPair:
@@ -575,10 +664,10 @@ def _elementwise(
     check_values: Callable[..., None] = any_values,
     check_shapes: Callable[..., None] = same_shape,
 ) -> _Rule:
-    return _Rule(_PAIR, check_shapes, check_values, _module_losses, _count_losses)
+    return _Rule(_PAIR, check_shapes, check_values, _module_losses, _weigh_elements)
 
 
-def _classes(weigh: Callable[[Any, Args, Tensor], Tensor]) -> _Rule:
+def _classes(weigh: Callable[[Any, Args, Tensor], Tensor | int]) -> _Rule:
     return _Rule(_PAIR, class_shapes, labels, _module_losses, weigh)
 
 
@@ -587,7 +676,7 @@ def _of_three(
     check_shapes: Callable[..., None],
     check_values: Callable[..., None] = any_values,
 ) -> _Rule:
-    return _Rule(names, check_shapes, check_values, _module_losses, _count_losses)
+    return _Rule(names, check_shapes, check_values, _module_losses, _weigh_elements)
 
 
 _TWO_INPUTS = ("x1", "x2", "target")
@@ -606,11 +695,11 @@ _RULES: dict[type, _Rule] = {
     nn.SoftMarginLoss: _elementwise(signs),
     nn.MultiLabelSoftMarginLoss: _elementwise(unit_targets),
     nn.MultiLabelMarginLoss: _Rule(
-        _PAIR, same_shape_labels, label_sets, _label_set_losses, _count_losses
+        _PAIR, same_shape_labels, label_sets, _label_set_losses, _weigh_elements
     ),
-    nn.MultiMarginLoss: _classes(_count_losses),  # its weights are not in its mean
-    nn.NLLLoss: _classes(_sum_class_weights),
-    nn.CrossEntropyLoss: _classes(_sum_class_weights),
+    nn.MultiMarginLoss: _classes(_weigh_elements),  # its weights are not in its mean
+    nn.NLLLoss: _classes(_weigh_classes),
+    nn.CrossEntropyLoss: _classes(_weigh_classes),
     nn.MarginRankingLoss: _of_three(_TWO_INPUTS, same_shape, signs),
     nn.CosineEmbeddingLoss: _of_three(_TWO_INPUTS, cosine_shapes, signs),
     nn.TripletMarginLoss: _of_three(_TRIPLET, same_shape),
@@ -620,13 +709,13 @@ _RULES: dict[type, _Rule] = {
         gaussian_shapes,
         variances,
         _gaussian_losses,
-        _count_losses,
+        _weigh_elements,
     ),
     nn.CTCLoss: _Rule(
         ("log_probs", "targets", "input_lengths", "target_lengths"),
         ctc_shapes,
         ctc_labels,
         _ctc_losses,
-        _count_losses,
+        _weigh_elements,
     ),
 }

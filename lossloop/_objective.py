@@ -1,5 +1,6 @@
 """What is minimised: a function from parameters and a batch to a loss pair."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ class Objective:
 
     Attributes:
         model: The caller's module; read by `init`, never called or changed.
+        loss_fn: The loss given to `supervised`; None if made by `objective`.
         trainable: Names of the parameters that require a gradient.
     """
 
@@ -52,15 +54,16 @@ class Objective:
         function: Callable[[nn.Module, Batch], LossPair],
         *,
         where: str,
-        check: Callable[[nn.Module, Batch], object] | None = None,
+        loss_fn: Callable[..., Any] | None = None,
     ) -> None:
         check_functional(where, model)
         self.model = model
+        self.loss_fn = loss_fn
         self.trainable = frozenset(
             name for name, t in model.named_parameters() if t.requires_grad
         )
         self._where = where
-        self._function, self._check = function, check
+        self._function = function
         self._functions = {
             mode: FunctionalModel(skeleton(model, train=mode), function)
             for mode in (True, False)
@@ -123,9 +126,10 @@ class Objective:
 
         try:
             with torch.no_grad(), host_generators_kept():
-                if self._check is not None:
+                if self.loss_fn is not None:
                     with seeded(0, device_of(params)):
-                        FunctionalModel(model, self._check)(*_cloned((params, batch)))
+                        look = functools.partial(_look_at, self.loss_fn)
+                        FunctionalModel(model, look)(*_cloned((params, batch)))
                 _watched(call, model, params, batch)
                 # The same call twice: dropout may draw otherwise under torch.func.
                 again = differentiate if train else call
@@ -333,7 +337,9 @@ def supervised(model: nn.Module, loss_fn: Callable[..., Any]) -> Objective:
 
     The model is called as `model(inputs)`; a tuple or list of inputs is unpacked as
     positional, a dictionary as keyword arguments. The loss is called as
-    `loss_fn(output, targets)`; see `loss_pair` for how its weights are found.
+    `loss_fn(output, targets)`; see `loss_pair` for how its weights are found. A batch
+    may carry weights of its samples, `(inputs, targets, weights)` with weights of shape
+    (B,), which multiply the losses and the weights of the loss itself: 0 is absence.
 
     Args:
         model: The module to train; see `objective`.
@@ -356,40 +362,48 @@ def supervised(model: nn.Module, loss_fn: Callable[..., Any]) -> Objective:
         >>> loss_sum, n = goal(goal.init(), (torch.ones(4, 3), labels))
         >>> n.item()  # the label -100 is ignored and has weight 0
         3
+        >>> weights = torch.tensor([2, 1, 0, 1])
+        >>> loss_sum, n = goal(goal.init(), (torch.ones(4, 3), labels, weights))
+        >>> n.item()
+        3
     """
     pair = loss_pair(loss_fn)
 
     def function(model: Any, batch: Batch) -> LossPair:
-        inputs, targets = _split(batch)
-        return pair(_forward(model, inputs), targets)
+        inputs, targets, weights = split_batch(batch)
+        return pair(forward(model, inputs), targets, weights)
 
-    def check(model: Any, batch: Batch) -> None:
-        inputs, targets = _split(batch)
-        check_finite("inputs", inputs)
-        check_finite("targets", targets)
-        check_loss(loss_fn, _forward(model, inputs), targets)
-
-    return Objective(model, function, where="supervised", check=check)
+    return Objective(model, function, where="supervised", loss_fn=loss_fn)
 
 
-def _split(batch: Batch) -> tuple[Any, Any]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        got = type(batch).__name__
-        got += f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise TypeError(
-            f"a batch must be (inputs, targets), got a {got}. For batches of another "
-            f"form use objective(model, function), whose function takes them whole."
-        )
-    inputs, targets = batch
-    return inputs, targets
+def split_batch(batch: Batch) -> tuple[Any, Any, Tensor | None]:
+    """`(inputs, targets, weights)` of a batch for `supervised`."""
+    if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+        inputs, targets, *weights = batch
+        return inputs, targets, weights[0] if weights else None
+    got = type(batch).__name__
+    got += f" of length {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise TypeError(
+        f"a batch must be (inputs, targets) or (inputs, targets, weights), got a "
+        f"{got}. For batches of another form use objective(model, function), whose "
+        f"function takes them whole."
+    )
 
 
-def _forward(model: Any, inputs: Any) -> Any:
+def forward(model: Any, inputs: Any) -> Any:
+    """Calls the model of `supervised` on the inputs of a batch."""
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(inputs)
+
+
+def _look_at(loss_fn: Callable[..., Any], model: Any, batch: Batch) -> None:
+    inputs, targets, weights = split_batch(batch)
+    for name, tree in (("inputs", inputs), ("targets", targets), ("weights", weights)):
+        check_finite(name, tree)
+    check_loss(loss_fn, forward(model, inputs), targets, weights)
 
 
 def check_finite(name: str, tree: Any) -> None:

@@ -104,7 +104,7 @@ class CompilePlan:
         self._epochs_left = epochs
         self._batches = batches
         self._first: Hashable = None
-        self._impossible = False
+        self._impossible = wish is False
         self._seen = Counter[Hashable]()
         self._costs: dict[Hashable, Cost] = {}
         why = "no batch has come yet" if wish else "compile=False"
@@ -139,8 +139,9 @@ class CompilePlan:
         """Takes note that compiling is impossible; whether to go on eagerly."""
         if self._wish is True:
             return False
-        self._impossible = True
-        self.choice = CompileChoice(compiled=False, reason=reason)
+        if not self._impossible:
+            self._impossible = True
+            self.choice = CompileChoice(compiled=False, reason=reason)
         return True
 
     def _judge(

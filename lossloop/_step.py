@@ -1,19 +1,23 @@
 """The step: gradient and update of one batch as one pure function."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
+from lossloop._batches import split
 from lossloop._model import device_of
 from lossloop._objective import FunctionObjective, Objective, as_objective
 from lossloop._optimizers import as_optimizer
 from lossloop._random import mix, seeded
 from lossloop._types import Batch, LossPair, OptState, Params, Slots
 
-Seeding = Callable[[], Any]  # a context like `seeded`
+Seeding = Callable[..., Any]
+"""`seeding(part=0)`: a context like `seeded`, in which part of a step draws numbers."""
 
 
 class Body(Protocol):
@@ -46,6 +50,47 @@ class Eager(NamedTuple):
             return self.function(*args)
 
 
+class MicroBatches(NamedTuple):
+    """The tensor part of a training step, run over a batch in micro-batches.
+
+    The gradients of their loss sums add up to that of the batch, and are divided once,
+    by the total of n. Only one micro-batch's activations are in memory at a time.
+    """
+
+    add: Body  # (grads, params, batch) -> (grads, buffers, loss_sum, n)
+    update: Body  # (params, slots, (grads, n, buffers)) -> (params, slots)
+    start: Callable[[Params, Any], Params]  # (params, slots) -> grads of zero
+    parts: int
+
+    def function(
+        self, params: Params, slots: Any, batch: Batch
+    ) -> tuple[Params, Any, Tensor, Tensor]:
+        """All of it as one pure function, which draws its numbers without seeding."""
+        body = self._replace(
+            add=Eager(self.add.function), update=Eager(self.update.function)
+        )
+        return body(nullcontext, params, slots, batch)
+
+    def __call__(
+        self, seeding: Seeding, *args: Any
+    ) -> tuple[Params, Any, Tensor, Tensor]:
+        """Returns `(params, slots, loss_sum, n)`."""
+        params, slots, batch = args
+        grads, buffers = self.start(params, slots), {}
+        micro_batches = split(batch, self.parts)
+        loss_sums, ns = [], []
+        for part, micro_batch in enumerate(micro_batches):
+            grads, buffers, loss_sum, n = self.add(
+                partial(seeding, part), grads, {**params, **buffers}, micro_batch
+            )
+            loss_sums.append(loss_sum)
+            ns.append(n)
+        loss_sum, n = torch.stack(loss_sums).sum(), torch.stack(ns).sum()
+        seeding = partial(seeding, len(micro_batches))
+        params, slots = self.update(seeding, params, slots, (grads, n, buffers))
+        return params, slots, loss_sum, n
+
+
 class TrainStep(NamedTuple):
     """A pure training step: `step(params, opt_state, batch)`.
 
@@ -63,9 +108,10 @@ class TrainStep(NamedTuple):
         """Returns `(params, opt_state, loss_sum, n)`."""
         slots, step, seed = opt_state
 
-        def seeding() -> seeded:
+        def seeding(part: int = 0) -> seeded:
             # Seed and step are on the CPU: reading them waits for no device.
-            return seeded(mix(int(seed), int(step)), device_of(params))
+            mixed = mix(int(seed), int(step))
+            return seeded(mix(mixed, part) if part else mixed, device_of(params))
 
         params, slots, loss_sum, n = self.body(seeding, params, slots, batch)
         return params, OptState(slots, step + 1, seed), loss_sum, n
@@ -82,8 +128,12 @@ class EvalStep(NamedTuple):
 
     def __call__(self, params: Params, batch: Batch) -> LossPair:
         """Returns `(loss_sum, n)`."""
+
+        def seeding(part: int = 0) -> seeded:
+            return seeded(part, device_of(params))
+
         with torch.no_grad():
-            return self.body(lambda: seeded(0, device_of(params)), params, batch)
+            return self.body(seeding, params, batch)
 
 
 def init(
@@ -159,6 +209,7 @@ def make_step(
     objective: Objective | Callable[[Params, Batch], LossPair],
     optimizer: Any,
     *,
+    accumulate: int = 1,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
 ) -> TrainStep:
@@ -167,11 +218,20 @@ def make_step(
     The gradient is that of the batch's mean, `loss_sum / n`. A batch of total weight 0
     has no mean; its gradient is zero.
 
+    With `accumulate=k` the step cuts its batch into k micro-batches, one after the
+    other in memory, adds up the gradients of their loss sums, and divides once, by the
+    n of the whole batch. Loss and update are those of the batch in one piece, to
+    rounding, however the weights fall on the micro-batches: k trades time for memory
+    and changes nothing else. Only what couples samples comes out otherwise: BatchNorm
+    in train mode then sees micro-batches, and dropout draws other masks.
+
     Args:
         objective: Of `supervised` or `objective`, or any pure function
             `(params, batch) -> (loss_sum, n)`.
         optimizer: Of `lossloop.optim` or `from_torch`; a class, partial or instance of
             `torch.optim`; or an object with optax's two functions.
+        accumulate: Micro-batches per batch, whose tensors must have the samples first.
+            Their sizes differ by one at most; a batch of fewer samples has fewer.
         clip_grad_norm: Scale the gradient down to this total 2-norm if it is larger,
             as `torch.nn.utils.clip_grad_norm_` does.
         clip_grad_value: Clamp every element of the gradient to plus or minus this,
@@ -181,7 +241,7 @@ def make_step(
         `step(params, opt_state, batch) -> (params, opt_state, loss_sum, n)`.
 
     Raises:
-        ValueError: If a bound is not positive.
+        ValueError: If a bound is not positive, or `accumulate` no int of at least 1.
         TypeError: If the optimizer is not supported.
 
     Example:
@@ -196,35 +256,60 @@ def make_step(
     """
     goal = as_objective(objective)
     update = as_optimizer(optimizer).update
-    bounds = {"clip_grad_norm": clip_grad_norm, "clip_grad_value": clip_grad_value}
-    for name, bound in bounds.items():
-        if bound is not None and not bound > 0:  # `not >` so that nan is refused too
-            raise ValueError(f"make_step({name}=...) must be > 0, got {bound!r}.")
+    _check_options(
+        accumulate, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
+    )
 
-    def batch_mean(
-        trained: Params, params: Params, batch: Batch
+    def loss(
+        trained: Params, params: Params, batch: Batch, kind: Literal["mean", "sum"]
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Params]]:
         loss_sum, n, buffers = goal.train({**params, **trained}, batch)
-        # Of an empty batch the gradient is zero, not nan.
-        return loss_sum / torch.where(n == 0, 1, n), (loss_sum, n, buffers)
+        value = loss_sum / _divisor(n) if kind == "mean" else loss_sum
+        return value, (loss_sum, n, buffers)
 
-    gradient = grad_and_value(batch_mean, has_aux=True)
+    gradient = grad_and_value(loss, has_aux=True)
 
-    def body(
-        params: Params, slots: Any, batch: Batch
-    ) -> tuple[Params, Any, Tensor, Tensor]:
-        trained = {name: params[name] for name in _trained(goal, params, slots)}
-        grads, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch)
+    def descend(params: Params, slots: Any, grads: Params) -> tuple[Params, Any]:
         if clip_grad_value is not None:
             bound = clip_grad_value
             grads = {name: g.clamp(-bound, bound) for name, g in grads.items()}
         if clip_grad_norm is not None:
             grads = _scale_to_norm(grads, clip_grad_norm)
+        trained = {name: params[name] for name in grads}
         updates, slots = update(grads, slots, trained)
         moved = {name: trained[name] + updates[name] for name in trained}
-        return {**params, **buffers, **moved}, slots, loss_sum, n
+        return {**params, **moved}, slots
 
-    return TrainStep(Eager(body))
+    def whole(
+        params: Params, slots: Any, batch: Batch
+    ) -> tuple[Params, Any, Tensor, Tensor]:
+        trained = {name: params[name] for name in _trained(goal, params, slots)}
+        grads, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch, "mean")
+        params, slots = descend({**params, **buffers}, slots, grads)
+        return params, slots, loss_sum, n
+
+    def add(
+        grads: Params, params: Params, batch: Batch
+    ) -> tuple[Params, Params, Tensor, Tensor]:
+        trained = {name: params[name] for name in grads}
+        more, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch, "sum")
+        grads = {name: grad + more[name] for name, grad in grads.items()}
+        return grads, buffers, loss_sum, n
+
+    def finish(
+        params: Params, slots: Any, sums: tuple[Params, Tensor, Params]
+    ) -> tuple[Params, Any]:
+        grads, n, buffers = sums
+        grads = {name: g / _divisor(n).to(g.dtype) for name, g in grads.items()}
+        return descend({**params, **buffers}, slots, grads)
+
+    def start(params: Params, slots: Any) -> Params:
+        names = _trained(goal, params, slots)
+        return {name: torch.zeros_like(params[name]) for name in names}
+
+    if accumulate == 1:
+        return TrainStep(Eager(whole))
+    return TrainStep(MicroBatches(Eager(add), Eager(finish), start, accumulate))
 
 
 def make_eval_step(
@@ -247,6 +332,23 @@ def make_eval_step(
         4
     """
     return EvalStep(Eager(as_objective(objective).evaluate))
+
+
+def _check_options(accumulate: Any, **bounds: float | None) -> None:
+    whole = isinstance(accumulate, int) and not isinstance(accumulate, bool)
+    if not whole or accumulate < 1:
+        raise ValueError(
+            f"make_step(accumulate=...) must be an int of at least 1, got "
+            f"{accumulate!r}."
+        )
+    for name, bound in bounds.items():
+        if bound is not None and not bound > 0:  # `not >` so that nan is refused too
+            raise ValueError(f"make_step({name}=...) must be > 0, got {bound!r}.")
+
+
+def _divisor(n: Tensor) -> Tensor:
+    """What to divide by: of an empty batch the gradient is zero, not nan."""
+    return torch.where(n == 0, 1, n)
 
 
 def _trained(

@@ -62,6 +62,16 @@ class StepOutput(NamedTuple):
     n: Tensor  # ()
 
 
+class PairFn(Protocol):
+    """A loss that returns its sum and the sum of its weights."""
+
+    def __call__(
+        self, output: Any, target: Any, weights: Tensor | None = None, /
+    ) -> LossPair:
+        """Returns `(loss_sum, n)`; `weights` has shape (B,), one for each sample."""
+        ...
+
+
 class StepFn(Protocol):
     """A pure training step."""
 

@@ -287,7 +287,7 @@ def test_the_best_weights_are_restored():
 def test_whatever_happens_the_last_finished_epoch_is_kept(
     training, error, compiled, monkeypatch
 ):
-    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    monkeypatch.setattr("lossloop._fit.compiled", _traced())
     finished = {}
     calls = 0
 
@@ -325,9 +325,9 @@ def test_whatever_happens_the_last_finished_epoch_is_kept(
 
 
 def _traced():
-    from lossloop._compile import Compiled
+    from lossloop._compile import compiled
 
-    return functools.partial(Compiled, backend="aot_eager")
+    return functools.partial(compiled, backend="aot_eager")
 
 
 def test_a_failure_in_the_first_epoch_changes_nothing():
@@ -345,7 +345,7 @@ def test_a_failure_in_the_first_epoch_changes_nothing():
 
 def test_a_compiled_run_keeps_its_best_weights(monkeypatch):
     """Donating steps write over the tensors of the best epoch."""
-    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    monkeypatch.setattr("lossloop._fit.compiled", _traced())
     kept = {}
 
     def keep(record):
@@ -370,7 +370,7 @@ def test_a_compiled_run_keeps_its_best_weights(monkeypatch):
 
 
 def test_too_many_changes_of_a_number_go_on_eagerly(monkeypatch):
-    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    monkeypatch.setattr("lossloop._fit.compiled", _traced())
     monkeypatch.setattr("lossloop._plan.SECONDS_TO_COMPILE", -1e9)
     factor = 1.0
 
@@ -392,7 +392,7 @@ def test_too_many_changes_of_a_number_go_on_eagerly(monkeypatch):
 
 
 def test_compiled_and_eager_runs_agree(monkeypatch):
-    monkeypatch.setattr("lossloop._fit.Compiled", _traced())
+    monkeypatch.setattr("lossloop._fit.compiled", _traced())
     train, val = loaders()
     batches = list(train)
     results = [
@@ -424,10 +424,10 @@ def test_a_run_compiles_each_shape_at_most_once(monkeypatch):
         graphs.append(len(inputs))
         return graph.forward
 
-    from lossloop._compile import Compiled
+    from lossloop._compile import compiled
 
     monkeypatch.setattr(
-        "lossloop._fit.Compiled", functools.partial(Compiled, backend=backend)
+        "lossloop._fit.compiled", functools.partial(compiled, backend=backend)
     )
     model = mlp_on_digits()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -888,7 +888,7 @@ REFUSED = {
         ValueError,
         "batch_mean",
     ),
-    "batch of three": ({"train_loader": [(X, X, Y)]}, TypeError, "tuple of length 3"),
+    "batch of four": ({"train_loader": [(X, X, Y, Y)]}, TypeError, "tuple of length 4"),
     "batch of tensor": ({"train_loader": [X]}, TypeError, r"\(inputs, targets\)"),
     "another model's optimizer": (
         {"optimizer": torch.optim.SGD(mlp().parameters(), lr=0.1)},

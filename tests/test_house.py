@@ -15,7 +15,7 @@ FLOORS = [
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"},
     {"_losses", "_optimizers", "_batches", "_progress"},
     {"_objective", "optim", "_schedule"},
-    {"_step", "_fold"},
+    {"_step", "_fold", "_coupling"},
     {"_compile", "_plan"},
     {"_fit"},
     {"_demo"},
@@ -96,6 +96,7 @@ def test_who_reads_values_on_the_host():
         "_mean",  # once per epoch
         "_loss_checks",  # the first batch
         "_objective",  # the first batch
+        "_coupling",  # likewise
         "_optimizers",  # handing the state back to torch
         "_schedule",  # the rate, once per run
         "_demo",

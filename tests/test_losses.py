@@ -372,6 +372,27 @@ def test_gradient_is_that_of_torchs_mean(case, seed, rows):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
+@over_cases
+@PER_CASE
+@given(seed=SEEDS, weights=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_a_weight_is_how_often_a_sample_counts(case, seed, weights):
+    rows = len(weights)
+    drawn = case.draw(Draw(seed, rows, torch.float64))
+    repeated = [row for row, weight in enumerate(weights) for _ in range(weight)]
+    pair = loss_pair(case.make(reduction=case.mean))
+    everything = pick(case, drawn, list(range(rows)))
+    expected, count = 0.0, 0
+    if repeated:
+        expected, count = pair(*pick(case, drawn, repeated))
+    for given_weights in (torch.tensor(weights), torch.tensor(weights).double()):
+        loss_sum, n = pair(*everything, given_weights)
+        torch.testing.assert_close(loss_sum.item(), float(expected))
+        assert n == pytest.approx(float(count), rel=1e-15)
+        assert loss_sum.shape == n.shape == ()
+    ones = pair(*everything, torch.ones(rows, dtype=torch.int64))
+    torch.testing.assert_close(ones, pair(*everything))
+
+
 def is_weighted(case: Case, target: Any) -> bool:
     """Whether the loss divides by a sum of real weights, so that `n` is no count."""
     loss = case.make()
@@ -497,6 +518,52 @@ def test_counts_stay_exact_past_float32():
     _, n = loss_pair(lambda output, target: output)(losses, None)
     assert n == 2**24 + 1
     assert n.dtype == torch.int64
+
+
+def test_weights_count_exactly_past_float32():
+    losses = torch.zeros(2)
+    weights = torch.tensor([2.0**24, 1.0])
+    for given_weights in (weights, weights.long(), weights.double()):
+        _, n = loss_pair(lambda output, target: output)(losses, None, given_weights)
+        assert n == 2**24 + 1
+
+
+def test_an_infinite_loss_of_an_absent_sample_is_absent():
+    output = torch.tensor([1.0, math.inf], requires_grad=True)
+    weights = torch.tensor([2, 0])
+    loss_sum, n = loss_pair(nn.L1Loss())(output, torch.zeros(2), weights)
+    assert (loss_sum, n) == (2, 2)
+    assert torch.autograd.grad(loss_sum, output)[0].tolist() == [2, 0]
+
+
+WRONG_WEIGHTS = {
+    "per element": (torch.ones(4, 3), r"weights has shape \(4, 3\).*shape \(4,\)"),
+    "too few": (torch.ones(3), r"weights has shape \(3,\)"),
+    "a list": ([1, 1, 1, 1], "weights must be a tensor of real numbers, got list"),
+    "complex": (torch.ones(4, dtype=torch.complex64), "got torch.complex64"),
+    "negative": (torch.tensor([1, 1, -1, 1]), r"weights\[2\] is negative"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_weights_that_are_none_are_refused(name):
+    weights, words = WRONG_WEIGHTS[name]
+    for loss in (nn.MSELoss(), per_sample):
+        with pytest.raises((ValueError, TypeError), match=words):
+            check_loss(loss, torch.ones(4, 3), torch.ones(4, 3), weights)
+
+
+def test_weights_are_refused_where_they_cannot_be_applied():
+    x = torch.ones(4)
+    added_up = [
+        lambda output, target: (output.sum(), 4),
+        batch_mean(lambda output, target: output.mean()),
+    ]
+    for loss in added_up:
+        with pytest.raises(ValueError, match="so that they cannot be applied"):
+            loss_pair(loss)(x, x, x)
+    with pytest.raises(ValueError, match=r"\(B,\) for a batch of B"):
+        loss_pair(nn.CrossEntropyLoss())(x, torch.tensor(1), torch.tensor(1.0))
 
 
 # --- laws in exact arithmetic ---------------------------------------------------------

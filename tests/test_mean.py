@@ -37,6 +37,19 @@ def test_counts_are_exact_past_what_float32_holds():
     assert isinstance(mean.value_and_weight()[1], int)
 
 
+def test_a_million_batches_are_added_as_by_fsum():
+    # Losses of all sizes, so that the small ones are rounded away at every step.
+    exponents = torch.empty(10**6, dtype=torch.float64).uniform_(-12, 4)
+    losses = (10**exponents).float()
+    mean, one = Mean.empty(), torch.tensor(1)
+    for loss in losses.unbind():
+        mean = mean.add(loss, one)
+    exact = math.fsum(losses.tolist()) / 10**6
+    assert mean.value() == pytest.approx(exact, rel=1e-12, abs=0)
+    in_float32 = losses.cumsum(0, dtype=torch.float32)[-1].item() / 10**6
+    assert in_float32 != pytest.approx(exact, rel=1e-12)
+
+
 def test_real_weights_are_added_in_float64():
     mean = Mean.empty().add(torch.tensor(1.0), torch.tensor(0.1, dtype=torch.float64))
     mean = mean.add(torch.tensor(2.0), torch.tensor(0.2, dtype=torch.float64))
