@@ -124,6 +124,14 @@ def normal(call):
     return ast.unparse(ast.parse(f"def {call}: ..."))
 
 
+def test_what_others_report_is_what_was_measured():
+    page = (ROOT / "docs" / "explanation" / "exact-loss.md").read_text("utf-8")
+    link = re.search(r"\(../../(benchmarks/results/\S*what-others-report.md)\)", page)
+    record = (ROOT / link[1]).read_text("utf-8")
+    (table,) = re.findall(r"(?:^\| .*\n)+^\| float32 sum.*\n", page, re.MULTILINE)
+    assert table in record
+
+
 def test_the_readme_has_the_commands_that_ci_runs():
     found = blocks((ROOT / "README.md").read_text("utf-8"))
     install = "python -m pip install -c tests/constraints.txt -e"
