@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def peek(name: str, loader: Iterable[Batch]) -> Batch | None:
     None where that is impossible (iterators, streams) or dear (worker processes).
     """
     if isinstance(loader, PaddedLast):
-        return peek(name, loader.batches)
+        first = peek(name, loader.batches)
+        return None if first is None else padded(first, rows(first))
     if isinstance(loader, DataLoader):
         if loader.num_workers or isinstance(loader.dataset, IterableDataset):
             return None
@@ -153,7 +155,7 @@ def rows(batch: Batch) -> int:
         if isinstance(leaf, Tensor):
             if leaf.dim():
                 found[f"batch{pytree.keystr(path)}"] = leaf.shape[0]
-        elif leaf is not None and not isinstance(leaf, int | float):
+        elif leaf is not None and not isinstance(leaf, Number):
             raise TypeError(
                 f"batch{pytree.keystr(path)} is a {type(leaf).__name__}, which cannot "
                 f"be cut into samples. Make it a tensor, with the samples first."
@@ -180,10 +182,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     parts = max(1, min(parts, rows(batch)))
     leaves, form = pytree.tree_flatten(batch)
     cut = [
-        leaf.tensor_split(parts)
-        if isinstance(leaf, Tensor) and leaf.dim()
-        else [leaf] * parts
-        for leaf in leaves
+        leaf.tensor_split(parts) if _is_cut(leaf) else [leaf] * parts for leaf in leaves
     ]
     return [pytree.tree_unflatten(part, form) for part in zip(*cut, strict=True)]
 
@@ -225,23 +224,40 @@ def padded(batch: Batch, size: int) -> Batch:
     count = rows(batch)
     if not count:
         raise ValueError("pad_last: an empty batch has no sample to repeat.")
-    tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
-    # Whole numbers, so that n stays a count.
-    ones = torch.ones(count, dtype=torch.int64, device=tensors[0].device)
-    inputs, targets, weights = (*batch, ones)[:3]
+    inputs, targets, weights = (*batch, None)[:3]
+    if weights is None:
+        device = next(t.device for t in pytree.tree_leaves(batch) if _is_cut(t))
+        # Whole numbers, so that n stays a count.
+        weights = torch.ones(count, dtype=torch.int64, device=device)
+    if not isinstance(weights, Tensor):
+        raise TypeError(
+            f"pad_last: the weights of a batch are a {type(weights).__name__}. Make "
+            f"them a tensor of shape (B,)."
+        )
+    if count == size:
+        return inputs, targets, weights
+    absent = torch.zeros_like(weights[:1]).expand(size - count, *weights.shape[1:])
 
     def pad(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim():
+        if not _is_cut(leaf):
             return leaf
         # A real sample, and not zeros: whatever the model does to it is finite.
         last = leaf[-1:].expand(size - count, *leaf.shape[1:])
-        return torch.cat([leaf, last])
+        return torch.cat([leaf, last]).contiguous(memory_format=_format(leaf))
 
-    absent = torch.zeros(size - count, dtype=weights.dtype, device=weights.device)
-    return (
-        *pytree.tree_map(pad, (inputs, targets)),
-        torch.cat([weights, absent]),
-    )
+    return *pytree.tree_map(pad, (inputs, targets)), torch.cat([weights, absent])
+
+
+def _is_cut(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _format(tensor: Tensor) -> torch.memory_format:
+    """That of a batch whose samples lie in memory like those of this one."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(tensor.dim(), torch.contiguous_format)
+    fits = tensor.is_contiguous(memory_format=wanted) and not tensor.is_contiguous()
+    return wanted if fits else torch.contiguous_format
 
 
 def pad_last(batches: Iterable[Batch]) -> PaddedLast:

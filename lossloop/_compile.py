@@ -418,7 +418,7 @@ def compiled(
     *,
     donate: bool,
     backend: str | Callable[..., Any] = "inductor",
-    plan: Callable[[Callable[..., Any]], Plan | None] = lambda function: None,
+    plan: Callable[[Callable[..., Any], int], Plan] | None = None,
 ) -> Body:
     """The body of a step, compiled.
 
@@ -430,25 +430,18 @@ def compiled(
         body: Not compiled yet.
         donate: Whether the first results overwrite the state that is passed in.
         backend: Of `torch.compile`.
-        plan: Makes the plan for a function that is to be compiled.
+        plan: Makes the plan for a function and the number of its calls per batch.
     """
+
+    def compile_body(body: Body, *, donate: int, calls: int = 1) -> Compiled:
+        if isinstance(body, Compiled):
+            raise ValueError("compile_step: this step is compiled already.")
+        own_plan = None if plan is None else plan(body.function, calls)
+        return Compiled(body.function, donate=donate, backend=backend, plan=own_plan)
+
+    state = 2 if donate else 0
     if isinstance(body, MicroBatches):
-        if isinstance(body.add, Compiled):
-            raise ValueError(_COMPILED_ALREADY)
-        add, update = body.add.function, body.update.function
-        return body._replace(
-            # The sum of gradients is the step's own in any case.
-            add=Compiled(add, donate=1, backend=backend, plan=plan(add)),
-            update=Compiled(
-                update, donate=2 if donate else 0, backend=backend, plan=plan(update)
-            ),
-        )
-    if isinstance(body, Compiled):
-        raise ValueError(_COMPILED_ALREADY)
-    function = body.function
-    return Compiled(
-        function, donate=2 if donate else 0, backend=backend, plan=plan(function)
-    )
-
-
-_COMPILED_ALREADY = "compile_step: this step is compiled already."
+        # The sum of gradients is the step's own in any case.
+        add = compile_body(body.add, donate=1, calls=body.parts)
+        return body._replace(add=add, update=compile_body(body.update, donate=state))
+    return compile_body(body, donate=state)

@@ -18,10 +18,16 @@ from lossloop._batches import (
     no_batches,
     peek,
     rows,
+    split,
     to_device,
 )
 from lossloop._compile import RNN_HINT, compiled
-from lossloop._coupling import coupled_layers, coupled_loss, coupled_model
+from lossloop._coupling import (
+    coupled_layers,
+    coupled_loss,
+    coupled_padding,
+    coupled_samples,
+)
 from lossloop._fold import fold, fold_eval
 from lossloop._history import History, Row
 from lossloop._mean import Mean
@@ -172,8 +178,13 @@ def fit(
             "fit(model, objective, ...): the objective was made for another module. "
             "Make it with supervised(model, ...) or objective(model, ...) of this one."
         )
+    if pad_last and goal.loss_fn is None:
+        raise TypeError(
+            "fit(pad_last=True) gives the loss weights, and only a loss_fn "
+            "(output, target) takes them. For an objective of your own, pass "
+            "pad_last(loader) as the loader and use the weights in its function."
+        )
     if pad_last:
-        _check_padding(goal)
         train, val = PaddedLast(train), None if val is None else PaddedLast(val)
     params, opt_state = init(goal, formulas, seed=seed)
     step = make_step(
@@ -185,8 +196,11 @@ def fit(
     )
     plans: list[CompilePlan] = []
 
-    def planned(batches: int | None, function: Callable[..., Any]) -> CompilePlan:
-        plan = CompilePlan(function, wish=compile, epochs=epochs, batches=batches)
+    def planned(
+        batches: int | None, function: Callable[..., Any], calls: int
+    ) -> CompilePlan:
+        calls_planned = None if batches is None else batches * calls
+        plan = CompilePlan(function, wish=compile, epochs=epochs, batches=calls_planned)
         plans.append(plan)
         return plan
 
@@ -296,18 +310,17 @@ def _check_options(epochs: Any, seed: Any, compile: Any, on_epoch: Any) -> None:
         )
 
 
-def _check_padding(goal: Objective) -> None:
-    if goal.loss_fn is None:
-        raise TypeError(
-            "fit(pad_last=True) gives the loss weights, and only a loss_fn "
-            "(output, target) takes them. For an objective of your own, pass "
-            "pad_last(loader) as the loader and use the weights in its function."
-        )
-    if layer := coupled_layers(goal):
+def _check_padding(name: str, goal: Objective, params: Params, batch: Batch) -> None:
+    train = name == "train_loader"
+    reason = coupled_layers(goal) if train else None
+    pair = goal if train else goal.evaluate
+    reason = reason or coupled_padding(pair, params, batch)
+    if reason is not None:
         raise ValueError(
-            f"fit(pad_last=True): {layer}, which samples of weight 0 would change. "
-            f"Leave pad_last out (an odd last batch then has a graph of its own, or "
-            f"runs eagerly), or use GroupNorm or LayerNorm instead."
+            f"fit: {name} pads batches with samples of weight 0, and these would "
+            f"change the others: {reason}. Leave pad_last out (an odd last batch then "
+            f"has a graph of its own, or runs eagerly); of layers, use GroupNorm or "
+            f"LayerNorm instead."
         )
 
 
@@ -327,8 +340,17 @@ def _checked(
         raise no_batches("train_loader") from None
     device = device_of(params)
     batch = to_device(first, device)
-    goal.check("train_loader, batch 1", params, batch)
-    unused = goal.without_gradient(params, batch)
+    if accumulate > 1 and accumulate > rows(batch):
+        raise ValueError(
+            f"fit(accumulate={accumulate}): train_loader, batch 1 has {rows(batch)} "
+            f"samples, which cannot be cut into {accumulate} micro-batches. One batch "
+            f"makes one step here: raise the batch_size of the loader."
+        )
+    # No more at once than a step will take.
+    looks = split(batch, accumulate) if accumulate > 1 else [batch]
+    for look in looks:
+        goal.check("train_loader, batch 1", params, look)
+    unused = goal.without_gradient(params, looks[0])
     groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
     decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
     if decayed & unused:
@@ -339,7 +361,7 @@ def _checked(
             f"requires_grad_(False) if they are not used.",
             stacklevel=3,
         )
-    if reason := coupled_loss(goal, params, batch):
+    if reason := coupled_loss(goal, params, looks[0]):
         warnings.warn(
             f"fit: the loss of the first batch is not the sum of the losses of its "
             f"parts: {reason}. As it stands there is no mean over samples: train_loss "
@@ -348,25 +370,17 @@ def _checked(
             f"same batch size.",
             stacklevel=3,
         )
-    padded = isinstance(train, PaddedLast)
-    if (accumulate > 1 or padded) and (reason := coupled_model(goal, params, batch)):
-        if padded:
-            raise ValueError(
-                f"fit(pad_last=True): samples act on each other, so that those of "
-                f"weight 0 would change the others: {reason}. Leave pad_last out."
-            )
+    if isinstance(train, PaddedLast):
+        _check_padding("train_loader", goal, params, looks[0])
+    if accumulate > 1 and (reason := coupled_samples(goal, params, looks[0])):
         warnings.warn(
             f"fit(accumulate={accumulate}): samples act on each other, so that a step "
             f"over micro-batches is not that of the whole batch: {reason}.",
             stacklevel=3,
         )
-    if accumulate > 1 and accumulate > rows(batch):
-        raise ValueError(
-            f"fit(accumulate={accumulate}): train_loader, batch 1 has {rows(batch)} "
-            f"samples, which cannot be cut into {accumulate} micro-batches. One batch "
-            f"makes one step here: raise the batch_size of the loader."
-        )
     if val is not None and (seen := peek("val_loader", val)) is not None:
         batch = to_device(seen, device)
         goal.check("val_loader, batch 1", params, batch, train=False)
+        if isinstance(val, PaddedLast):
+            _check_padding("val_loader", goal, params, batch)
     return itertools.chain([first], iterator)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -117,6 +118,8 @@ def loss_pair(loss_fn: Callable[..., Any]) -> PairFn:
         output: Any, target: Any, weights: Tensor | None = None
     ) -> LossPair:
         args = _arguments(module, rule, output, target)
+        if isinstance(weights, Tensor) and weights.dim() == 1:
+            args = _without_absent(module, args, weights)
         losses = rule.losses(module, args)
         return _pair(loss_name(module), losses, weigh(module, args, losses), weights)
 
@@ -241,10 +244,10 @@ def check_loss(
                 "broadcast, so that samples are compared with each other. "
                 "Give both the same shape, with squeeze or unsqueeze."
             ) from None
-    if weights is not None and (weights < 0).any():
+    if weights is not None and (negative := weights.double() < 0).any():
         raise ValueError(
-            f"{loss_name(loss_fn)}: weights[{int((weights < 0).nonzero()[0])}] is "
-            "negative. A sample counts 0 times or more."
+            f"{loss_name(loss_fn)}: weights[{int(negative.nonzero()[0])}] is negative. "
+            "A sample counts 0 times or more."
         )
 
 
@@ -315,18 +318,39 @@ def _pair(
             return _sum(losses), _whole(counts * _rows(losses), losses)
         return _sum(losses), counts.sum(dtype=_sum_dtype(counts))
     _check_weights(where, losses, weights)
-    weights = weights.to(losses.device)
-    each = _by_sample(losses).sum(1, dtype=_sum_dtype(losses))
+    wide = accumulator_dtype(losses.device)
+    counted = weights.detach().to(losses.device, _sum_dtype(weights))
+    weights = weights.to(losses.device, wide)
+    each = _by_sample(losses).sum(1, dtype=wide)
     # An infinite loss of an absent sample must not make the sum NaN.
     loss_sum = (each * weights).where(weights != 0, 0).sum()
     if isinstance(counts, Tensor):
         counts = _by_sample(counts).sum(1, dtype=_sum_dtype(counts))
-    return loss_sum, (weights.detach().to(_sum_dtype(weights)) * counts).sum()
+    return loss_sum, (counted * counts).sum()
 
 
 def _sum_dtype(values: Tensor) -> torch.dtype:
     wide = accumulator_dtype(values.device)
     return wide if values.is_floating_point() else torch.int64
+
+
+def _without_absent(module: nn.Module, args: Args, weights: Tensor) -> Args:
+    """Arguments through which no gradient reaches samples of weight 0.
+
+    The derivative of their loss may be infinite, and 0 times that is not 0.
+    """
+
+    def detach(number: int, arg: Any) -> Any:
+        samples = 1 if isinstance(module, nn.CTCLoss) and number == 0 else 0
+        if not isinstance(arg, Tensor) or not arg.is_floating_point():
+            return arg
+        if arg.dim() <= samples or arg.shape[samples] != len(weights):
+            return arg  # of weights that do not fit, which is refused below
+        shape = [1] * arg.dim()
+        shape[samples] = -1
+        return arg.where(weights.to(arg.device).reshape(shape) != 0, arg.detach())
+
+    return tuple(itertools.starmap(detach, enumerate(args)))
 
 
 def _rows(losses: Tensor) -> int:

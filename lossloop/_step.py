@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,9 +57,9 @@ class MicroBatches(NamedTuple):
     by the total of n. Only one micro-batch's activations are in memory at a time.
     """
 
-    add: Body  # (grads, params, batch) -> (grads, buffers, loss_sum, n)
-    update: Body  # (params, slots, (grads, n, buffers)) -> (params, slots)
-    start: Callable[[Params, Any], Params]  # (params, slots) -> grads of zero
+    add: Body  # (sums of grads, params, batch) -> (sums, buffers, loss_sum, n)
+    update: Body  # (params, slots, (sums, n, buffers)) -> (params, slots)
+    start: Callable[[Params, Any], Params]  # (params, slots) -> sums of nothing
     parts: int
 
     def function(
@@ -76,18 +76,18 @@ class MicroBatches(NamedTuple):
     ) -> tuple[Params, Any, Tensor, Tensor]:
         """Returns `(params, slots, loss_sum, n)`."""
         params, slots, batch = args
-        grads, buffers = self.start(params, slots), {}
+        sums, buffers = self.start(params, slots), {}
         micro_batches = split(batch, self.parts)
         loss_sums, ns = [], []
         for part, micro_batch in enumerate(micro_batches):
-            grads, buffers, loss_sum, n = self.add(
-                partial(seeding, part), grads, {**params, **buffers}, micro_batch
+            sums, buffers, loss_sum, n = self.add(
+                partial(seeding, part), sums, {**params, **buffers}, micro_batch
             )
             loss_sums.append(loss_sum)
             ns.append(n)
         loss_sum, n = torch.stack(loss_sums).sum(), torch.stack(ns).sum()
         seeding = partial(seeding, len(micro_batches))
-        params, slots = self.update(seeding, params, slots, (grads, n, buffers))
+        params, slots = self.update(seeding, params, slots, (sums, n, buffers))
         return params, slots, loss_sum, n
 
 
@@ -260,14 +260,13 @@ def make_step(
         accumulate, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
     )
 
-    def loss(
-        trained: Params, params: Params, batch: Batch, kind: Literal["mean", "sum"]
+    def batch_mean(
+        trained: Params, params: Params, batch: Batch
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Params]]:
         loss_sum, n, buffers = goal.train({**params, **trained}, batch)
-        value = loss_sum / _divisor(n) if kind == "mean" else loss_sum
-        return value, (loss_sum, n, buffers)
+        return loss_sum / _divisor(n), (loss_sum, n, buffers)
 
-    gradient = grad_and_value(loss, has_aux=True)
+    gradient = grad_and_value(batch_mean, has_aux=True)
 
     def descend(params: Params, slots: Any, grads: Params) -> tuple[Params, Any]:
         if clip_grad_value is not None:
@@ -284,32 +283,39 @@ def make_step(
         params: Params, slots: Any, batch: Batch
     ) -> tuple[Params, Any, Tensor, Tensor]:
         trained = {name: params[name] for name in _trained(goal, params, slots)}
-        grads, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch, "mean")
+        grads, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch)
         params, slots = descend({**params, **buffers}, slots, grads)
         return params, slots, loss_sum, n
 
+    def start(params: Params, slots: Any) -> Params:
+        # In half precision a sum would soon stop growing, or overflow.
+        return {
+            name: torch.zeros_like(params[name], dtype=_sum_dtype(params[name]))
+            for name in _trained(goal, params, slots)
+        }
+
     def add(
-        grads: Params, params: Params, batch: Batch
+        sums: Params, params: Params, batch: Batch
     ) -> tuple[Params, Params, Tensor, Tensor]:
-        trained = {name: params[name] for name in grads}
-        more, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch, "sum")
-        grads = {name: grad + more[name] for name, grad in grads.items()}
-        return grads, buffers, loss_sum, n
+        trained = {name: params[name] for name in sums}
+        grads, (_, (loss_sum, n, buffers)) = gradient(trained, params, batch)
+        # The gradient of the mean, times n: that of the sum is too large for float16.
+        sums = {k: t + grads[k] * _divisor(n).to(t.dtype) for k, t in sums.items()}
+        return sums, buffers, loss_sum, n
 
     def finish(
-        params: Params, slots: Any, sums: tuple[Params, Tensor, Params]
+        params: Params, slots: Any, total: tuple[Params, Tensor, Params]
     ) -> tuple[Params, Any]:
-        grads, n, buffers = sums
-        grads = {name: g / _divisor(n).to(g.dtype) for name, g in grads.items()}
+        sums, n, buffers = total
+        grads = {
+            name: (t / _divisor(n).to(t.dtype)).to(params[name].dtype)
+            for name, t in sums.items()
+        }
         return descend({**params, **buffers}, slots, grads)
-
-    def start(params: Params, slots: Any) -> Params:
-        names = _trained(goal, params, slots)
-        return {name: torch.zeros_like(params[name]) for name in names}
 
     if accumulate == 1:
         return TrainStep(Eager(whole))
-    return TrainStep(MicroBatches(Eager(add), Eager(finish), start, accumulate))
+    return TrainStep(MicroBatches(Eager(add), Eager(finish), start, int(accumulate)))
 
 
 def make_eval_step(
@@ -335,7 +341,7 @@ def make_eval_step(
 
 
 def _check_options(accumulate: Any, **bounds: float | None) -> None:
-    whole = isinstance(accumulate, int) and not isinstance(accumulate, bool)
+    whole = hasattr(accumulate, "__index__") and not isinstance(accumulate, bool)
     if not whole or accumulate < 1:
         raise ValueError(
             f"make_step(accumulate=...) must be an int of at least 1, got "
@@ -344,6 +350,10 @@ def _check_options(accumulate: Any, **bounds: float | None) -> None:
     for name, bound in bounds.items():
         if bound is not None and not bound > 0:  # `not >` so that nan is refused too
             raise ValueError(f"make_step({name}=...) must be > 0, got {bound!r}.")
+
+
+def _sum_dtype(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def _divisor(n: Tensor) -> Tensor:

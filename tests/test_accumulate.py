@@ -138,6 +138,34 @@ def test_sums_of_whole_numbers_are_exact(weights, k, data):
         assert torch.allclose(cut[0][name], param, rtol=1e-12, atol=1e-12)
 
 
+HALF = {
+    # n is past what float16 holds, and so is the gradient of the sum.
+    torch.float16: (128 * 128, 0.1, 1.0),
+    # Ones are added up, 512 of them: bfloat16 stops at 256.
+    torch.bfloat16: (1, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_is_added_up_in_float32(dtype):
+    width, target, rate = HALF[dtype]
+    size = 8 if dtype == torch.float16 else 512
+    model = nn.Linear(width, width).to(dtype) if width == 1 else nn.Conv2d(1, 1, 1)
+    model = model.to(dtype)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    shape = (size, 1) if width == 1 else (size, 1, 128, 128)
+    x = torch.ones(shape, dtype=dtype)
+    loss = nn.L1Loss() if width == 1 else nn.MSELoss()
+    objective, sgd = ll.supervised(model, loss), ll.optim.SGD(lr=rate)
+    start, batch = ll.init(objective, sgd), (x, target * x)
+    exact = {torch.float16: 2 * 0.1, torch.bfloat16: 1.0}[dtype]
+    for k in (2, size // 2, size):
+        found = ll.make_step(objective, sgd, accumulate=k)(*start, batch)[0]
+        assert found["bias"].dtype == dtype
+        assert found["bias"].item() == pytest.approx(exact, rel=5e-3)
+
+
 def by_own_n(objective, k):
     """Wrong: divides each micro-batch by its own n."""
     gradient = torch.func.grad(
@@ -284,6 +312,38 @@ def test_fit_compiles_both_parts_or_none():
     other, plain = run(accumulate=2, compile=False)
     assert not plain.compiled.compiled
     assert relative(other.state_dict(), model.state_dict()) <= 1e-5
+
+
+def test_fit_looks_at_one_micro_batch_at_a_time():
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.sizes = nn.Linear(5, 3), []
+
+        def __deepcopy__(self, memo):
+            copied = Seen()
+            copied.sizes = self.sizes  # shared, to be read here
+            for name, parameter in self.layer.named_parameters():
+                empty = nn.Parameter(parameter.detach().to("meta"))
+                setattr(copied.layer, name, empty)
+            return copied
+
+        def forward(self, x):
+            self.sizes.append(len(x))
+            return self.layer(x)
+
+    model = Seen()
+    run(model, accumulate=4, compile=False)
+    assert max(model.sizes) == 2
+
+
+def test_a_plan_counts_micro_batches(monkeypatch):
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 5), torch.randint(0, 3, (8,)))] * 20
+    _, plain = run(loader=batches)
+    assert plain.compiled.reason == "60 steps planned, fewer than 100"
+    _, cut = run(loader=batches, accumulate=2)
+    assert cut.compiled.reason.startswith("120 steps planned of")
 
 
 REFUSED = {

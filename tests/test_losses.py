@@ -536,6 +536,41 @@ def test_an_infinite_loss_of_an_absent_sample_is_absent():
     assert torch.autograd.grad(loss_sum, output)[0].tolist() == [2, 0]
 
 
+def singular(name):
+    """A loss, and data of three samples whose last has no finite derivative."""
+    if name == "CTCLoss":  # too short for its labels
+        labels = torch.tensor([[1, 2], [3, 1], [1, 1]])
+        target = labels, torch.tensor([3, 3, 2]), torch.tensor([2, 2, 2])
+        return nn.CTCLoss(), torch.randn(3, 3, 4).log_softmax(2), target
+    if name == "PoissonNLLLoss":
+        output = torch.tensor([1.0, 2.0, 0.0])
+        return nn.PoissonNLLLoss(log_input=False, eps=0.0), output, torch.ones(3)
+    target = torch.ones(3), torch.tensor([1.0, 2.0, -1.0])
+    return nn.GaussianNLLLoss(), torch.zeros(3), target
+
+
+@pytest.mark.parametrize("name", ["CTCLoss", "PoissonNLLLoss", "GaussianNLLLoss"])
+def test_no_gradient_comes_from_an_absent_sample(name):
+    loss, output, target = singular(name)
+    output.requires_grad_()
+    samples = 1 if name == "CTCLoss" else 0
+    for weights in (torch.tensor([1, 2, 0]), torch.tensor([0, 0, 0])):
+        loss_sum, _ = loss_pair(loss)(output, target, weights)
+        (gradient,) = torch.autograd.grad(loss_sum, output)
+        assert gradient.isfinite().all()
+        assert not gradient.select(samples, 2).any()
+        assert gradient.any() == weights.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+def test_weights_are_applied_in_float64(dtype):
+    weights = torch.full((5000,), 100).to(dtype)
+    for losses in (torch.ones(5000, dtype=torch.bool), torch.ones(5000).half()):
+        loss_sum, n = loss_pair(lambda output, target: output)(losses, None, weights)
+        assert (loss_sum, n) == (500_000, 500_000)
+        assert loss_sum.dtype == torch.float64
+
+
 WRONG_WEIGHTS = {
     "per element": (torch.ones(4, 3), r"weights has shape \(4, 3\).*shape \(4,\)"),
     "too few": (torch.ones(3), r"weights has shape \(3,\)"),

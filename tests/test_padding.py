@@ -16,7 +16,8 @@ import lossloop as ll
 
 torch.manual_seed(0)
 X, Y = torch.randn(22, 5), torch.randint(0, 3, (22,))
-LOSS = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2]))
+W = torch.tensor([1.0, 5.0, 0.2])
+LOSS = nn.CrossEntropyLoss(weight=W)
 
 
 def loader(size=8, *tensors):
@@ -55,6 +56,25 @@ def test_all_batches_are_as_large_as_the_first(sizes, weighted):
             assert weights[:n].equal(w[0] if weighted else torch.ones(n).long())
             assert not weights[n:].any()
             assert all(row.equal(x[-1]) for row in inputs[n:])
+
+
+def test_full_batches_are_not_copied():
+    (inputs, targets, _), _ = ll.pad_last([(X[:3], Y[:3], None), (X[3:4], Y[3:4])])
+    assert inputs.data_ptr() == X.data_ptr()
+    assert targets.data_ptr() == Y.data_ptr()
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("last", [1, 7])
+def test_padding_keeps_the_memory_format(form, channels, last):
+    images = torch.randn(8, channels, 6, 6).to(memory_format=form)
+    other = torch.randn(last, channels, 6, 6).to(memory_format=form)
+    batches = [(images, Y[:8]), (other, Y[:last])]
+    one, two = ll.pad_last(batches)
+    if last > 1:  # of one sample, the format cannot be told
+        assert one[0].stride() == two[0].stride()
+    assert two[0][:last].equal(other)
 
 
 def test_padding_keeps_the_form_of_a_batch():
@@ -145,6 +165,7 @@ NOT_PADDED = {
     "a dictionary": ([{"x": X}], TypeError, "got a dict"),
     "empty": ([(X[:0], Y[:0])], ValueError, "no sample to repeat"),
     "lengths": ([(X, Y[:3])], ValueError, "do not share their first dimension"),
+    "a number as weights": ([(X, Y, 1.0)], TypeError, "weights of a batch are a float"),
 }
 
 
@@ -184,12 +205,12 @@ def with_penalty(output, target):
 
 
 NOT_ADDITIVE = {
-    contrastive: "compares samples with each other",
-    pairwise: "compares samples with each other",
+    contrastive: "Samples are compared with each other",
+    pairwise: "Samples are compared with each other",
     mean_as_sum: "looks like a mean: return losses.sum",
-    normalised: "compares samples with each other",
+    normalised: "Samples are compared with each other",
     with_penalty: "multiply a penalty on the weights by n",
-    ll.batch_mean(lambda output, target: LOSS(output, target)): "with each other",
+    ll.batch_mean(lambda output, target: F.cross_entropy(output, target, W)): "with",
 }
 
 
@@ -200,7 +221,7 @@ def test_a_loss_that_does_not_add_up_is_noticed(loss):
         run(model(), loss, epochs=1)
     (warning,) = caught
     assert words in str(warning.message)
-    assert "for its 8 samples together" in str(warning.message)
+    assert "8 samples together have loss_sum" in str(warning.message)
     assert __file__ == warning.filename
 
 
@@ -209,7 +230,7 @@ def smooth(output, target):
 
 
 def weighted(output, target):
-    weights = LOSS.weight[target]
+    weights = W.to(output)[target]
     losses = F.cross_entropy(output, target, reduction="none")
     return (weights * losses).sum(), weights.sum()
 
@@ -237,6 +258,93 @@ def test_no_false_alarm(loss):  # warnings are errors
     run(model(), loss, epochs=1)
 
 
+@pytest.mark.parametrize("size", [8, 64, 512])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_many_samples_would_hide_is_noticed(size, seed):
+    torch.manual_seed(seed)
+    batch = torch.randn(size, 5), torch.randint(0, 3, (size,))
+    with pytest.warns(UserWarning, match="no mean over samples"):
+        run(model(seed), normalised, batch, epochs=1)
+
+
+def cancelling(output, target):
+    """A policy gradient with normalised advantages: the sum is about 0."""
+    actions, advantages = target
+    logs = output.log_softmax(1).gather(1, actions[:, None])[:, 0]
+    return -(logs * advantages.to(logs)).sum(), len(actions)
+
+
+def infinite(output, target):
+    return output[:, 0] * torch.where(torch.arange(len(output)) == 0, torch.inf, 1.0)
+
+
+def test_no_false_alarm_for_sums_that_cancel():
+    advantages = torch.randn(64)
+    advantages = (advantages - advantages.mean()) / advantages.std()
+    actions = torch.randint(0, 3, (64,))
+    net = model()
+    nn.init.zeros_(net[2].weight)
+    nn.init.zeros_(net[2].bias)
+    run(net, cancelling, [(torch.randn(64, 5), (actions, advantages))], epochs=1)
+
+
+def test_no_false_alarm_for_a_perfect_fit():
+    net = model()
+    targets = net(X).detach()
+    run(net, nn.MSELoss(), [(X, targets)], epochs=1, accumulate=2)
+    run(net, nn.MSELoss(), [(X, targets)], epochs=1, pad_last=True)
+
+
+def test_no_false_alarm_for_a_loss_that_is_not_finite():
+    run(model(), infinite, (X, Y), epochs=1, compile=False)
+
+
+class Auxiliary(nn.Module):
+    """Has another output in training, as Inception has."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.aux = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        both = {"main": self.main(x)}
+        return {**both, "aux": self.aux(x)} if self.training else both
+
+
+class WholeBatches(nn.Module):
+    """Takes batches of one size only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        assert len(x) == 8
+        return self.layer(x)
+
+
+def both_heads(output, target):
+    return smooth(output["main"], target) + 0.3 * smooth(output["aux"], target)
+
+
+def table(output, target):
+    return smooth(output, target) * {8: 1.0, 6: 1.0}[len(output)]
+
+
+@pytest.mark.parametrize(
+    ("net", "loss", "options"),
+    [
+        (Auxiliary, both_heads, {}),
+        (WholeBatches, smooth, {"pad_last": True}),
+        (WholeBatches, LOSS, {"pad_last": True}),
+        (model, table, {}),
+    ],
+)
+def test_a_look_that_fails_stops_nothing(net, loss, options):
+    result = run(net(), loss, epochs=1, **options)
+    assert len(result.history) == 1
+
+
 def test_no_false_alarm_for_layers_that_couple_only_in_training():
     net = nn.Sequential(
         nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3)
@@ -251,7 +359,7 @@ def test_an_objective_of_ones_own_is_looked_at_too():
     net = model()
     batches = [{"x": X[:8]}, {"x": X[8:]}]
     goal = ll.objective(net, function)
-    with pytest.warns(UserWarning, match="compares samples with each other"):
+    with pytest.warns(UserWarning, match="compared with each other"):
         run(net, goal, batches, epochs=1)
 
 
@@ -259,6 +367,13 @@ def test_looking_moves_no_generator():
     net, before = model(), torch.get_rng_state()
     run(net, noisy, (X, Y), epochs=1)
     assert torch.get_rng_state().equal(before)
+
+
+class CentredByDropout(nn.Module):
+    """Couples samples where random numbers hide it from a look at parts."""
+
+    def forward(self, x):
+        return F.dropout(x - x.mean(0), 0.2, self.training)
 
 
 class Centred(nn.Module):
@@ -277,7 +392,17 @@ REFUSED = {
     "centring": (
         lambda: nn.Sequential(nn.Linear(5, 3), Centred()),
         LOSS,
-        "samples act on each other.*Leave pad_last out",
+        "train_loader pads batches.*became.*Leave pad_last out",
+    ),
+    "centring and dropout": (
+        lambda: nn.Sequential(nn.Linear(5, 3), CentredByDropout()),
+        LOSS,
+        "train_loader pads batches.*became.*Leave pad_last out",
+    ),
+    "time first by mistake": (
+        lambda: nn.TransformerEncoderLayer(5, 1, 4),
+        lambda output, target: F.cross_entropy(output, target % 3, reduction="none"),
+        "train_loader pads batches.*became.*Leave pad_last out",
     ),
     "a pair": (model, weighted, "weights of samples.*cannot be applied"),
 }
@@ -292,8 +417,17 @@ def test_fit_does_not_pad_where_samples_are_coupled(name):
 
 def test_fit_does_not_pad_for_a_coupled_loss():
     with pytest.warns(UserWarning, match="no mean over samples"):  # noqa: SIM117
-        with pytest.raises(ValueError, match="samples act on each other"):
+        with pytest.raises(ValueError, match="train_loader pads batches"):
             run(model(), contrastive, pad_last=True)
+
+
+def test_validation_data_padded_by_hand_are_looked_at():
+    val = ll.pad_last(loader(5))
+    with pytest.warns(UserWarning, match="no mean over samples"):  # noqa: SIM117
+        with pytest.raises(ValueError, match="val_loader pads batches"):
+            run(model(), contrastive, val=val)
+    with pytest.raises(ValueError, match=r"val_loader, batch 1.*cannot be applied"):
+        run(model(), weighted, val=val)
 
 
 def test_fit_does_not_pad_for_an_objective_of_ones_own():
