@@ -1,18 +1,26 @@
-"""The command line: `python -m lossloop demo`."""
+"""The command line: `python -m lossloop demo`, `python -m lossloop verify`."""
 
 import argparse
+import os
+import sys
+import tempfile
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lossloop._demo import demo
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Args:
         arguments: Instead of those of the process.
+
+    Returns:
+        The exit status: 1 if `verify` finds a law broken, otherwise 0.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lossloop",
@@ -31,10 +39,63 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("lossloop-demo.png"), help="picture to write"
     )
+    command.set_defaults(run=_demo)
+    command = commands.add_parser(
+        "verify",
+        help="check the laws of exact, pure training on a loss or step of your own",
+        description="Checks that the mean loss does not depend on how the data are "
+        "split, that the step is pure and repeatable, that compiled it does the same, "
+        "and more, and prints a table. Exit status: 0 if no law is broken, 1 if one "
+        "is, 2 if the laws could not be checked.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument(
+        "factory",
+        metavar="module:function",
+        help="a function without arguments that returns (objective, data), or a "
+        "dictionary with the arguments of lossloop.testing.verify",
+    )
+    command.add_argument(
+        "--examples", type=_at_least_one, default=50, help="to try of each law"
+    )
+    command.add_argument(
+        "--backend", default="inductor", help="of torch.compile, like aot_eager"
+    )
+    command.set_defaults(run=_verify)
     options = parser.parse_args(arguments)
+    return options.run(command, options)
+
+
+def _demo(command: argparse.ArgumentParser, options: Any) -> int:
     if not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {options.out.parent}")
+        command.error(f"--out: there is no folder {options.out.parent}")
     print(demo(options.epochs, options.device, options.out))  # noqa: T201
+    return 0
+
+
+def _verify(command: argparse.ArgumentParser, options: Any) -> int:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    with tempfile.TemporaryDirectory() as folder:
+        if "hypothesis" not in sys.modules:  # it would leave a folder here
+            os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", folder)
+        try:
+            # Imported late, because the demo does not need hypothesis.
+            from lossloop._factory import made_by
+            from lossloop.testing import verify
+
+            made = {"factory": options.factory, **made_by(options.factory)}
+            made = {"examples": options.examples, "backend": options.backend, **made}
+            report = verify(**made)
+        except (ValueError, TypeError, ImportError) as error:
+            command.error(str(error))
+        except Exception:  # of the subject; 1 would say that a law is broken
+            traceback.print_exc()
+            return 2
+    print(report)  # noqa: T201
+    if any(row.result == "broken" for row in report.rows):
+        return 1
+    return 0 if report.held else 2
 
 
 def _at_least_one(text: str) -> int:
@@ -54,4 +115,4 @@ def _device(text: str) -> torch.device:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

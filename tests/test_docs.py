@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 import lossloop
+import lossloop.testing
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -100,7 +101,12 @@ def test_every_page_of_docs_is_on_the_map():
 
 
 @pytest.mark.parametrize(
-    ("heading", "module"), [("lossloop", lossloop), ("lossloop.optim", lossloop.optim)]
+    ("heading", "module"),
+    [
+        ("lossloop", lossloop),
+        ("lossloop.optim", lossloop.optim),
+        ("lossloop.testing", lossloop.testing),
+    ],
 )
 def test_the_reference_has_all_public_names_with_their_signatures(heading, module):
     source = (ROOT / "docs" / "reference.md").read_text("utf-8")
