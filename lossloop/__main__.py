@@ -81,8 +81,8 @@ def _verify(command: argparse.ArgumentParser, options: Any) -> int:
             os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", folder)
         try:
             # Imported late, because the demo does not need hypothesis.
-            from lossloop._factory import made_by
             from lossloop.testing import verify
+            from lossloop.testing._factory import made_by
 
             made = {"factory": options.factory, **made_by(options.factory)}
             made = {"examples": options.examples, "backend": options.backend, **made}

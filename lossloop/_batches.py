@@ -1,6 +1,6 @@
 """What comes out of a loader, and how it reaches the step."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any
@@ -185,6 +185,28 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         leaf.tensor_split(parts) if _is_cut(leaf) else [leaf] * parts for leaf in leaves
     ]
     return [pytree.tree_unflatten(part, form) for part in zip(*cut, strict=True)]
+
+
+def taken(batch: Batch, samples: Sequence[int]) -> Batch:
+    """The samples with these indices, in this order, copied."""
+    index = torch.tensor(samples, dtype=torch.int64)
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf[index.to(leaf.device)] if leaf.dim() else leaf.clone()
+
+    return pytree.tree_map(take, batch)
+
+
+def converted(tree: Any, dtype: torch.dtype) -> Any:
+    """The tree with its floating-point tensors in another dtype."""
+
+    def convert(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if floating else leaf
+
+    return pytree.tree_map(convert, tree)
 
 
 class PaddedLast:

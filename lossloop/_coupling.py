@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignore[reportPrivateUsage]
-from torch.utils import _pytree as pytree
 
-from lossloop._batches import rows, split
+from lossloop._batches import converted, rows, split, taken
 from lossloop._losses import is_torch_loss, loss_pair
 from lossloop._model import FunctionalModel, device_of, skeleton
 from lossloop._objective import Objective, forward, split_batch
@@ -96,9 +94,9 @@ def coupled_padding(pair: PairOf, params: Params, batch: Batch) -> str | None:
     try:
         inputs, targets, weights = batch
         size = rows(batch)
-        weights = (torch.arange(size) < (size + 1) // 2).to(weights)
-        own = torch.arange(size).where(weights.cpu() != 0, 0)
-        padded = _taken((inputs, targets), own)
+        kept = (size + 1) // 2
+        weights = (torch.arange(size) < kept).to(weights)
+        padded = taken((inputs, targets), [*range(kept), *[0] * (size - kept)])
         before, _ = _read(pair, params, (inputs, targets, weights))
         after, _ = _read(pair, params, (*padded, weights))
     except Exception:  # whatever it is, the batch as it came is looked at elsewhere
@@ -110,10 +108,10 @@ def coupled_padding(pair: PairOf, params: Params, batch: Batch) -> str | None:
 
 def _unequal_parts(pair: PairOf, params: Params, batch: Batch) -> str | None:
     try:
-        few = _taken(batch, torch.arange(min(rows(batch), SAMPLES)))
+        few = taken(batch, range(min(rows(batch), SAMPLES)))
     except (TypeError, ValueError):
         return None
-    wide, narrow = _in_float64((params, few)), (params, few)
+    wide, narrow = converted((params, few), torch.float64), (params, few)
     for (own, samples), tolerance in (
         (wide, TOLERANCE),
         (narrow, TOLERANCE_NARROW),
@@ -181,19 +179,3 @@ def _close(some: list[_Pair], others: list[_Pair], tolerance: float) -> bool:
     # Against the sizes of the parts: the losses of samples may cancel.
     size = sum(map(abs, loss_sums[0])) + sum(map(abs, loss_sums[1]))
     return apart <= tolerance * size + NEGLIGIBLE * weight and n_apart <= 1e-6 * weight
-
-
-def _taken(batch: Batch, samples: Tensor) -> Batch:
-    def take(leaf: Any) -> Any:
-        cut = isinstance(leaf, Tensor) and leaf.dim() > 0
-        return leaf[samples.to(leaf.device)] if cut else leaf
-
-    return pytree.tree_map(take, batch)
-
-
-def _in_float64(tree: Any) -> Any:
-    def convert(leaf: Any) -> Any:
-        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.double() if floating else leaf
-
-    return pytree.tree_map(convert, tree)

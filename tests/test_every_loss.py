@@ -41,7 +41,8 @@ class Head(nn.Module):
         elif self.loss is nn.CTCLoss:
             output = (first * self.scale).log_softmax(2).transpose(0, 1)
         elif self.loss is nn.GaussianNLLLoss and others:
-            others = [others[0] * self.shift.exp()]
+            # Above eps, which bounds the value and not the gradient.
+            others = [others[0] * self.shift.exp() + 0.3]
         return (output, *others) if others else output
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lossloop as ll
 from lossloop._losses import _RULES, check_loss, loss_pair
-from lossloop._strategies import (
+from lossloop.testing._strategies import (
     _OPTIONS,
     batches,
     loss_data,

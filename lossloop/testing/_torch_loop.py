@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lossloop._examples import (
+from lossloop._losses import is_torch_loss, loss_pair
+from lossloop._model import device_of, load_params, model_params
+from lossloop._objective import Objective, as_objective, forward, split_batch
+from lossloop._random import mix, seeded
+from lossloop._types import Batch, OptState, Params, StepFn
+from lossloop.testing._frozen import (
+    beyond_rounding,
+    coupling_explained,
+    frozen,
+    of_updates,
+)
+from lossloop.testing._search import (
     Finding,
     Law,
     NotJudgedError,
@@ -21,12 +32,7 @@ from lossloop._examples import (
     Search,
     generators_kept,
 )
-from lossloop._frozen import beyond_rounding, coupling_explained, frozen, of_updates
-from lossloop._losses import is_torch_loss, loss_pair
-from lossloop._model import device_of, load_params, model_params
-from lossloop._objective import Objective, as_objective, forward, split_batch
-from lossloop._random import mix, seeded
-from lossloop._subject import (
+from lossloop.testing._subject import (
     State,
     Subject,
     admit,
@@ -35,8 +41,7 @@ from lossloop._subject import (
     must_train,
     trained_names,
 )
-from lossloop._trees import copied
-from lossloop._types import Batch, OptState, Params, StepFn
+from lossloop.testing._trees import copied
 
 LossFn = Callable[[Any, Any], Tensor]
 

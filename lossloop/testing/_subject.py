@@ -17,14 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
-from lossloop._batches import as_batches, no_batches, rows, to_device
-from lossloop._examples import (
-    Law,
-    NotJudgedError,
-    RaisedError,
-    generators_kept,
-    raised_on,
-)
+from lossloop._batches import as_batches, no_batches, rows, taken, to_device
 from lossloop._losses import as_pair
 from lossloop._model import device_of
 from lossloop._objective import Objective, as_objective
@@ -37,8 +30,15 @@ from lossloop._step import (
     make_eval_step,
     make_step,
 )
-from lossloop._trees import copied, named_leaves, number
 from lossloop._types import Batch, EvalStepFn, LossPair, StepFn, StepOutput
+from lossloop.testing._search import (
+    Law,
+    NotJudgedError,
+    RaisedError,
+    generators_kept,
+    raised_on,
+)
+from lossloop.testing._trees import copied, named_leaves, number
 
 MAX_SAMPLES = 32
 
@@ -134,18 +134,6 @@ def measured(pair: LossPair) -> Pair:
     """The pair as Python numbers."""
     loss_sum, n = pair
     return Pair(loss_sum.item(), n.item())
-
-
-def taken(batch: Batch, samples: Sequence[int]) -> Batch:
-    """The samples with these indices; tensors of shape () belong to all."""
-    index = torch.tensor(samples, dtype=torch.int64)
-
-    def take(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf[index.to(leaf.device)] if leaf.dim() else leaf.clone()
-
-    return pytree.tree_map(take, batch)
 
 
 def eager(step: Any) -> Any:

@@ -9,7 +9,16 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lossloop._examples import (
+from lossloop._objective import as_objective
+from lossloop._step import make_step
+from lossloop._types import Batch, LossPair, Params, StepFn, StepOutput
+from lossloop.testing._frozen import (
+    beyond_rounding,
+    coupling_explained,
+    frozen,
+    of_updates,
+)
+from lossloop.testing._search import (
     Finding,
     Law,
     Limit,
@@ -18,10 +27,7 @@ from lossloop._examples import (
     Search,
     generators_kept,
 )
-from lossloop._frozen import beyond_rounding, coupling_explained, frozen, of_updates
-from lossloop._objective import as_objective
-from lossloop._step import make_step
-from lossloop._subject import (
+from lossloop.testing._subject import (
     State,
     Subject,
     admit,
@@ -32,8 +38,7 @@ from lossloop._subject import (
     must_train,
     trained_names,
 )
-from lossloop._trees import number
-from lossloop._types import Batch, LossPair, Params, StepFn, StepOutput
+from lossloop.testing._trees import number
 
 Gradient = Callable[[Params, Batch], Params]
 
@@ -108,7 +113,7 @@ def check_gradients(
         ...     return losses.sum(), len(batch)
         >>> check_gradients(relative, torch.rand(8), params={"w": torch.ones(())})
         Traceback (most recent call last):
-        lossloop._examples.LawBrokenError: gradients is broken...
+        lossloop.testing._search.LawBrokenError: gradients is broken...
     """
     admitted = admit("check_gradients", subject, data, State(params))
     return gradients(admitted, Search(examples, seed), gradient)

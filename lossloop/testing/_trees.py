@@ -47,16 +47,6 @@ def copied(tree: Any) -> Any:
     return pytree.tree_map(copy_leaf, tree)
 
 
-def converted(tree: Any, dtype: torch.dtype) -> Any:
-    """The tree with its floating-point tensors in another dtype."""
-
-    def convert(leaf: Any) -> Any:
-        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.to(dtype) if floating else leaf
-
-    return pytree.tree_map(convert, tree)
-
-
 def shaken(tree: Any, seed: int) -> Any:
     """The tree with its floating-point numbers rounded a little otherwise."""
     generator = torch.Generator().manual_seed(seed)

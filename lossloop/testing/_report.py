@@ -7,22 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from lossloop._compile_laws import (
+from lossloop._types import StepFn
+from lossloop.testing._compile_laws import (
     COMPILED,
     RECOMPILATION,
     Backend,
     compiled_is_eager,
     no_recompilation,
 )
-from lossloop._examples import (
-    Law,
-    LawBrokenError,
-    NotJudgedError,
-    Outcome,
-    Search,
-    generators_kept,
-)
-from lossloop._laws import (
+from lossloop.testing._laws import (
     ORDER,
     PARTITION,
     ZERO_WEIGHT,
@@ -31,11 +24,23 @@ from lossloop._laws import (
     partition_invariance,
     zero_weight_is_absence,
 )
-from lossloop._step_laws import DETERMINISM, PURITY, determinism, purity
-from lossloop._subject import State, admit
-from lossloop._torch_loop import TORCH_LOOP, LossFn, torch_loop
-from lossloop._types import StepFn
-from lossloop._update_laws import ACCUMULATION, GRADIENTS, accumulation, gradients
+from lossloop.testing._search import (
+    Law,
+    LawBrokenError,
+    NotJudgedError,
+    Outcome,
+    Search,
+    generators_kept,
+)
+from lossloop.testing._step_laws import DETERMINISM, PURITY, determinism, purity
+from lossloop.testing._subject import State, admit
+from lossloop.testing._torch_loop import TORCH_LOOP, LossFn, torch_loop
+from lossloop.testing._update_laws import (
+    ACCUMULATION,
+    GRADIENTS,
+    accumulation,
+    gradients,
+)
 
 _COLUMNS = 100
 

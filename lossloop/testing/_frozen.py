@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lossloop._examples import (
+from lossloop._batches import converted
+from lossloop.testing._search import (
     Law,
     LawBrokenError,
     Limit,
@@ -19,8 +20,8 @@ from lossloop._examples import (
     RaisedError,
     not_repeatable,
 )
-from lossloop._subject import Pair, Subject
-from lossloop._trees import Gap, beyond, converted, gap, named_leaves, shaken
+from lossloop.testing._subject import Pair, Subject
+from lossloop.testing._trees import Gap, beyond, gap, named_leaves, shaken
 
 # Of sums over a few dozen samples, and of a few steps.
 _LIMITS = {

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from lossloop._examples import (
+from lossloop._objective import Objective
+from lossloop._types import Batch, StepOutput
+from lossloop.testing._factory import factory_name, load_factory, made_by
+from lossloop.testing._search import (
     EXACT,
     Finding,
     Law,
@@ -25,9 +28,7 @@ from lossloop._examples import (
     generators_kept,
     raised_on,
 )
-from lossloop._factory import factory_name, load_factory, made_by
-from lossloop._objective import Objective
-from lossloop._subject import (
+from lossloop.testing._subject import (
     STEP_SAMPLES,
     Program,
     State,
@@ -37,8 +38,7 @@ from lossloop._subject import (
     programs,
     step_samples,
 )
-from lossloop._trees import Gap, bits, copied, digest, gap, named_leaves, number
-from lossloop._types import Batch, StepOutput
+from lossloop.testing._trees import Gap, bits, copied, digest, gap, named_leaves, number
 
 PURITY = Law(
     "purity",
@@ -65,7 +65,7 @@ _UNUSUAL = 3141592653
 
 _FRESH = """\
 import sys
-from lossloop._step_laws import print_fingerprint
+from lossloop.testing._step_laws import print_fingerprint
 print_fingerprint(*sys.argv[1:])
 """
 
@@ -117,7 +117,7 @@ def check_purity(
         >>> start = {"params": {"w": torch.ones(())}, "opt_state": torch.zeros(())}
         >>> check_purity(step, torch.rand(8), **start)
         Traceback (most recent call last):
-        lossloop._examples.LawBrokenError: purity is broken...
+        lossloop.testing._search.LawBrokenError: purity is broken...
     """
     state = State(params, opt_state, optimizer)
     admitted = admit("check_purity", subject, data, state)
@@ -276,7 +276,7 @@ def check_determinism(
         ...     return losses.sum(), len(batch)
         >>> check_determinism(noisy, torch.rand(8), params={"w": torch.ones(())})
         Traceback (most recent call last):
-        lossloop._examples.LawBrokenError: determinism is broken...
+        lossloop.testing._search.LawBrokenError: determinism is broken...
     """
     state = State(params, opt_state, optimizer)
     admitted = admit("check_determinism", subject, data, state)

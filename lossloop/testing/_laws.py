@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lossloop._examples import (
+from lossloop._objective import Objective, as_objective
+from lossloop._types import Batch, LossPair, Params
+from lossloop.testing._frozen import Frozen, coupling_explained, total
+from lossloop.testing._search import (
     Finding,
     Law,
     Limit,
@@ -19,9 +22,7 @@ from lossloop._examples import (
     Search,
     generators_kept,
 )
-from lossloop._frozen import Frozen, coupling_explained, total
-from lossloop._objective import Objective, as_objective
-from lossloop._subject import (
+from lossloop.testing._subject import (
     Pair,
     State,
     Subject,
@@ -31,8 +32,7 @@ from lossloop._subject import (
     measured,
     trained_names,
 )
-from lossloop._trees import gap
-from lossloop._types import Batch, LossPair, Params
+from lossloop.testing._trees import gap
 
 PutWeights = Callable[[Batch, Tensor], Batch]
 
@@ -240,7 +240,7 @@ def check_order_invariance(
         >>> data = torch.tensor([1.0, 2.0, 3.0, 4.0])
         >>> check_order_invariance(discounted, data, params={"w": torch.zeros(())})
         Traceback (most recent call last):
-        lossloop._examples.LawBrokenError: order invariance is broken...
+        lossloop.testing._search.LawBrokenError: order invariance is broken...
     """
     state = State(params, opt_state, optimizer)
     admitted = admit("check_order_invariance", subject, data, state)

@@ -14,16 +14,19 @@ except ImportError as error:
         "lossloop.testing needs hypothesis: python -m pip install 'lossloop[testing]'"
     ) from error
 
-from lossloop._compile_laws import check_compiled_matches_eager, check_no_recompilation
-from lossloop._examples import LawBrokenError, Outcome
-from lossloop._laws import (
+from lossloop.testing._compile_laws import (
+    check_compiled_matches_eager,
+    check_no_recompilation,
+)
+from lossloop.testing._laws import (
     check_order_invariance,
     check_partition_invariance,
     check_zero_weight_is_absence,
 )
-from lossloop._report import Report, Row, verify
-from lossloop._step_laws import check_determinism, check_purity
-from lossloop._strategies import (
+from lossloop.testing._report import Report, Row, verify
+from lossloop.testing._search import LawBrokenError, Outcome
+from lossloop.testing._step_laws import check_determinism, check_purity
+from lossloop.testing._strategies import (
     batches,
     loss_data,
     models,
@@ -31,8 +34,8 @@ from lossloop._strategies import (
     sample_weights,
     torch_losses,
 )
-from lossloop._torch_loop import check_matches_torch_loop
-from lossloop._update_laws import check_accumulation, check_gradients
+from lossloop.testing._torch_loop import check_matches_torch_loop
+from lossloop.testing._update_laws import check_accumulation, check_gradients
 
 __all__ = [
     "LawBrokenError",

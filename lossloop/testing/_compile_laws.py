@@ -9,8 +9,12 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.utils import _pytree as pytree
 
+from lossloop._batches import converted
 from lossloop._compile import Compiled, compile_step
-from lossloop._examples import (
+from lossloop._step import EvalStep, MicroBatches, TrainStep
+from lossloop._types import StepOutput
+from lossloop.testing._frozen import limit_of
+from lossloop.testing._search import (
     Finding,
     Law,
     LawBrokenError,
@@ -21,9 +25,7 @@ from lossloop._examples import (
     Search,
     generators_kept,
 )
-from lossloop._frozen import limit_of
-from lossloop._step import EvalStep, MicroBatches, TrainStep
-from lossloop._subject import (
+from lossloop.testing._subject import (
     STEP_SAMPLES,
     Program,
     State,
@@ -34,8 +36,7 @@ from lossloop._subject import (
     programs,
     step_samples,
 )
-from lossloop._trees import Gap, beyond, converted, gap
-from lossloop._types import StepOutput
+from lossloop.testing._trees import Gap, beyond, gap
 
 Backend = str | Callable[..., Any]
 
@@ -225,7 +226,7 @@ def check_no_recompilation(
         >>> start = {"params": {"w": torch.ones(3)}, "opt_state": 0.1}
         >>> check_no_recompilation(step, torch.rand(8, 3), **start)
         Traceback (most recent call last):
-        lossloop._examples.LawBrokenError: no recompilation is broken...
+        lossloop.testing._search.LawBrokenError: no recompilation is broken...
     """
     state = State(params, opt_state, optimizer)
     admitted = admit("check_no_recompilation", subject, data, state)
