@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lossloop._memory import read
 from lossloop._random import host_generators_kept
 from lossloop._types import Batch
 
@@ -226,7 +227,7 @@ class PaddedLast:
     def __iter__(self) -> Iterator[Batch]:
         """Starts a pass; its first batch says how large they all become."""
         size = None
-        for number, batch in enumerate(self.batches, 1):
+        for number, batch in enumerate(read(self.batches), 1):
             size = size or rows(batch)
             if rows(batch) > size:
                 raise ValueError(

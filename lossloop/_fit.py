@@ -31,6 +31,7 @@ from lossloop._coupling import (
 from lossloop._fold import fold, fold_eval
 from lossloop._history import History, Row
 from lossloop._mean import Mean
+from lossloop._memory import read
 from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
 from lossloop._optimizers import as_optimizer, load_opt_state
@@ -333,7 +334,7 @@ def _checked(
     accumulate: int,
 ) -> Iterator[Batch]:
     """The training batches, looked at before anything is trained on them."""
-    iterator = iter(train)
+    iterator = read(train)
     try:
         first = next(iterator)
     except StopIteration:

@@ -6,6 +6,7 @@ import torch
 
 from lossloop._batches import as_batches, no_batches, to_device
 from lossloop._mean import Mean
+from lossloop._memory import read
 from lossloop._model import device_of
 from lossloop._types import Batch, EvalStepFn, OptState, Params, StepFn
 
@@ -52,7 +53,7 @@ def fold(
     device = device_of(params)
     mean = Mean.empty(device)
     seen = False
-    for batch in batches:
+    for batch in read(batches):
         with torch.no_grad():  # not around the loader, which is the caller's
             params, opt_state, loss_sum, n = step(
                 params, opt_state, to_device(batch, device)
@@ -91,7 +92,7 @@ def fold_eval(eval_step: EvalStepFn, params: Params, batches: Iterable[Batch]) -
     device = device_of(params)
     mean = Mean.empty(device)
     seen = False
-    for batch in batches:
+    for batch in read(batches):
         mean = mean.add(*eval_step(params, to_device(batch, device)))
         seen = True
     if not seen:

@@ -13,7 +13,8 @@ HOME = Path(ll.__file__).parent
 # A module may import from floors below its own only.
 FLOORS = [
     {"_types"},
-    {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"},
+    {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
+    | {"_memory"},
     {"_losses", "_optimizers", "_batches", "_progress"},
     {"_objective", "optim", "_schedule"},
     {"_step", "_fold", "_coupling"},
