@@ -372,7 +372,7 @@ def zero_weight_is_absence(
         else:
             expected = Pair(0.0, 0), pytree.tree_map(torch.zeros_like, change)
         apart = mean.difference([pair], [expected[0]])
-        change_apart = gap(change, expected[1])
+        change_apart = gap(change, expected[1], abs(pair.loss_sum) + pair.n)
 
         def words() -> str:
             found = f"{pair}, not {expected[0]}"

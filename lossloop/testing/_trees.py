@@ -85,19 +85,26 @@ def digest(tree: Any) -> str:
     return hashlib.sha256(repr(bits(tree)).encode()).hexdigest()
 
 
-def gap(found: Any, expected: Any) -> Gap:
-    """The largest difference between two trees of tensors and numbers."""
-    return max(gaps(found, expected).values(), default=Gap(0.0, ""))
+def gap(found: Any, expected: Any, scale: float = 0.0) -> Gap:
+    """The largest difference between two trees of tensors and numbers.
+
+    Args:
+        found: A tree.
+        expected: Another.
+        scale: Of what the trees were computed from; where all they hold is rounding
+            noise, their own sizes say nothing.
+    """
+    return max(gaps(found, expected, scale).values(), default=Gap(0.0, ""))
 
 
-def gaps(found: Any, expected: Any) -> dict[str, Gap]:
+def gaps(found: Any, expected: Any, scale: float = 0.0) -> dict[str, Gap]:
     """The differences between two trees, leaf by leaf."""
     ours, theirs = dict(named_leaves(found)), dict(named_leaves(expected))
     if ours.keys() != theirs.keys():
         odd = sorted(ours.keys() ^ theirs.keys())
         return {name: Gap(math.inf, f"{name} is in one of two only") for name in odd}
     sizes = {name: magnitude(leaf) for name, leaf in theirs.items()}
-    noise = _NOISE * max(sizes.values(), default=0.0)
+    noise = _NOISE * max(scale, *sizes.values(), 0.0)
     return {
         name: _leaf_gap(name, leaf, theirs[name], sizes[name] + noise)
         for name, leaf in ours.items()
