@@ -94,8 +94,8 @@ def length(loader: Iterable[Batch]) -> int | None:
 
 
 @contextmanager
-def _generators_kept(loader: Any) -> Generator[None]:
-    """Puts every generator that reading a batch may move back to where it was."""
+def generators_kept(loader: Any) -> Generator[None]:
+    """Puts every generator that reading a loader may move back to where it was."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = (
         loader,
@@ -128,7 +128,7 @@ def peek(name: str, loader: Iterable[Batch]) -> Batch | None:
             return None
     elif isinstance(loader, IterableDataset) or is_one_shot(loader):
         return None
-    with _generators_kept(loader):
+    with generators_kept(loader):
         for batch in loader:
             return batch
     raise no_batches(name)
@@ -252,7 +252,7 @@ def padded(batch: Batch, size: int) -> Batch:
         device = next(t.device for t in pytree.tree_leaves(batch) if _is_cut(t))
         # Whole numbers, so that n stays a count.
         weights = torch.ones(count, dtype=torch.int64, device=device)
-    if not isinstance(weights, Tensor):
+    if not _is_cut(weights):
         raise TypeError(
             f"pad_last: the weights of a batch are a {type(weights).__name__}. Make "
             f"them a tensor of shape (B,)."

@@ -1,5 +1,6 @@
 """Whether the samples of a batch act on each other, so that its parts do not add up."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -77,7 +78,8 @@ def coupled_loss(goal: Objective, params: Params, batch: Batch) -> str | None:
             output, _ = model(params, inputs)
     except Exception:  # a model that is for training only
         return None
-    return _unequal_parts(lambda _, parts: pair(*parts), params, (output, *rest))
+    one = dict(itertools.islice(params.items(), 1))  # says where the others are
+    return _unequal_parts(lambda _, parts: pair(*parts), one, (output, *rest))
 
 
 def coupled_padding(pair: PairOf, params: Params, batch: Batch) -> str | None:
@@ -111,12 +113,10 @@ def _unequal_parts(pair: PairOf, params: Params, batch: Batch) -> str | None:
         few = taken(batch, range(min(rows(batch), SAMPLES)))
     except (TypeError, ValueError):
         return None
-    wide, narrow = converted((params, few), torch.float64), (params, few)
-    for (own, samples), tolerance in (
-        (wide, TOLERANCE),
-        (narrow, TOLERANCE_NARROW),
-    ):
+    for wide, tolerance in ((True, TOLERANCE), (False, TOLERANCE_NARROW)):
         try:
+            own = converted(params, torch.float64) if wide else params
+            samples = converted(few, torch.float64) if wide else few
             return _compared(pair, own, samples, tolerance)
         except _CannotTellError:
             return None

@@ -351,7 +351,9 @@ def _checked(
     looks = split(batch, accumulate) if accumulate > 1 else [batch]
     for look in looks:
         goal.check("train_loader, batch 1", params, look)
-    unused = goal.without_gradient(params, looks[0])
+    unused = set[str].intersection(
+        *(goal.without_gradient(params, look) for look in looks)
+    )
     groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
     decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
     if decayed & unused:

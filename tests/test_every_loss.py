@@ -60,7 +60,7 @@ def samples_first(loss, output, target):
 # Of each law for each loss: ten examples, or in the thorough profile 500, of ten
 # losses (with their options) or models, 50 each.
 PROFILE = settings().max_examples
-DRAWN, EACH = (10, 50) if PROFILE > 100 else (2, 5)
+DRAWN, EACH = (10, 50) if PROFILE > 100 else (1, 5)
 # The checks draw examples of their own inside of these.
 NESTED = settings(suppress_health_check=list(HealthCheck))
 

@@ -827,3 +827,73 @@ def test_examples_are_those_of_the_seed():
         for seed in (1, 1, 2)
     ]
     assert results[0] == results[1] != results[2]
+
+
+# --- what a reviewer found ------------------------------------------------------------
+
+
+def test_a_saturated_loss_has_no_broken_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(20, 4) * torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    data = x, torch.randint(0, 3, (20,))
+    check_gradients(ll.supervised(nn.Linear(4, 3), nn.CrossEntropyLoss()), data, **FEW)
+
+
+def test_a_gradient_in_float32_is_not_judged():
+    narrow = ll.supervised(
+        nn.Linear(5, 3), lambda o, y: cross_entropy(o.float(), y, reduction="none")
+    )
+    with pytest.raises(ValueError, match="computes in less"):
+        check_gradients(narrow, CLASSES, **FEW)
+
+
+def still(params, opt_state, batch):
+    x, y = batch
+    error = x @ params["w"] - y
+    return params, opt_state, (error**2).sum(), len(y)
+
+
+def moving(params, opt_state, batch):
+    x, y = batch
+    gradient = x.T @ (x @ params["w"] - y)
+    step = 0.01 * gradient / gradient.norm()
+    return {"w": params["w"] - step}, *still(params, opt_state, batch)[1:]
+
+
+def test_a_large_loss_does_not_hide_what_is_wrong_in_params():
+    torch.manual_seed(0)
+    data = torch.randn(8, 3), 1000 * torch.randn(8)
+    start = {"params": {"w": torch.zeros(3)}, "opt_state": torch.zeros(())}
+    with pytest.raises(LawBrokenError, match="params"):
+        check_compiled_matches_eager(moving, data, compiled=still, **start, **FEW)
+
+
+def test_a_compiled_step_is_compared_with_the_torch_loop():
+    objective = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step = ll.make_step(objective, torch.optim.SGD)
+    check_matches_torch_loop(
+        objective,
+        CLASSES,
+        optimizer=torch.optim.SGD,
+        step=ll.compile_step(step, backend="aot_eager"),
+        examples=5,
+    )
+
+
+def test_a_compiled_function_is_taken_as_a_compiled_step():
+    torch.manual_seed(0)
+    data = torch.randn(8, 3), torch.randn(8)
+    start = {"params": {"w": torch.zeros(3)}, "opt_state": torch.zeros(())}
+    compiled = ll.compile_step(moving, backend="aot_eager")
+    check_no_recompilation(compiled, data, **start)
+    check_compiled_matches_eager(compiled, data, **start, **FEW)
+
+
+def test_a_loaders_own_generator_stays():
+    generator = torch.Generator()
+    before = generator.get_state()
+    data = torch.utils.data.TensorDataset(*CLASSES)
+    loader = torch.utils.data.DataLoader(data, 4, shuffle=True, generator=generator)
+    objective = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    check_partition_invariance(objective, loader, **FEW)
+    assert generator.get_state().equal(before)

@@ -1,5 +1,6 @@
 """The laws that concern a compiled step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -161,6 +162,8 @@ def _compiled_program(
 
 
 def _is_compiled(step: Any) -> bool:
+    if isinstance(step, functools.partial):
+        return isinstance(step.func, Compiled)
     if not isinstance(step, TrainStep | EvalStep):
         return False
     body = step.body

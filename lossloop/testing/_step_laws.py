@@ -361,6 +361,7 @@ def _fingerprint_elsewhere(factory: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", _FRESH, factory, str(torch.get_num_threads())],
         env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,

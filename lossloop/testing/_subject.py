@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
-from lossloop._batches import as_batches, no_batches, rows, taken, to_device
+from lossloop._batches import (
+    as_batches,
+    no_batches,
+    rows,
+    taken,
+    to_device,
+)
+from lossloop._batches import generators_kept as loader_generators_kept
+from lossloop._compile import Compiled
 from lossloop._losses import as_pair
 from lossloop._model import device_of
 from lossloop._objective import Objective, as_objective
@@ -138,6 +146,8 @@ def measured(pair: LossPair) -> Pair:
 
 def eager(step: Any) -> Any:
     """A step of lossloop's own, not compiled; any other as it is."""
+    if isinstance(step, functools.partial) and isinstance(step.func, Compiled):
+        return step.func.function  # of `compile_step` of a plain function
     if not isinstance(step, TrainStep | EvalStep):
         return step
     body = step.body
@@ -350,7 +360,8 @@ def _one_batch(data: Any) -> Batch:
     one = isinstance(data, Tensor | tuple | dict) or not isinstance(
         data, Iterable | Dataset
     )
-    batch = data if one else _joined(as_batches("data", data, passes=1))
+    with loader_generators_kept(data):
+        batch = data if one else _joined(as_batches("data", data, passes=1))
     found = rows(batch)
     if found < 2:
         raise ValueError(

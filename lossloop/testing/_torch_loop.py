@@ -153,7 +153,7 @@ def torch_loop(
         )
     subject, limit = frozen(TORCH_LOOP, subject)
     limit = of_updates(limit)
-    own = eager(subject.step) if step is None else step
+    own = eager(subject.step if step is None else step)
     try:
         _by_hand(subject, loss_fn, [subject.batch])
     except Exception as error:

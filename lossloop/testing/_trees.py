@@ -104,11 +104,21 @@ def gaps(found: Any, expected: Any, scale: float = 0.0) -> dict[str, Gap]:
         odd = sorted(ours.keys() ^ theirs.keys())
         return {name: Gap(math.inf, f"{name} is in one of two only") for name in odd}
     sizes = {name: magnitude(leaf) for name, leaf in theirs.items()}
-    noise = _NOISE * max(scale, *sizes.values(), 0.0)
+    # Of each field by itself: a large loss must not hide what is wrong in params.
+    largest: dict[str, float] = {}
+    for name, size in sizes.items():
+        field = _field(name)
+        largest[field] = max(largest.get(field, scale), size)
     return {
-        name: _leaf_gap(name, leaf, theirs[name], sizes[name] + noise)
+        name: _leaf_gap(
+            name, leaf, theirs[name], sizes[name] + _NOISE * largest[_field(name)]
+        )
         for name, leaf in ours.items()
     }
+
+
+def _field(name: str) -> str:
+    return name.split("[")[0].split(".")[0]
 
 
 def beyond(found: Any, expected: Any, others: Sequence[Any]) -> Gap:
