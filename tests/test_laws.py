@@ -897,3 +897,24 @@ def test_a_loaders_own_generator_stays():
     objective = ll.supervised(mlp(), nn.CrossEntropyLoss())
     check_partition_invariance(objective, loader, **FEW)
     assert generator.get_state().equal(before)
+
+
+@pytest.mark.parametrize("law", [check_purity, check_determinism])
+@pytest.mark.parametrize("kind", ["array", "generator"])
+def test_state_that_is_no_tensor_is_compared_too(law, kind):
+    kept = np.zeros(()) if kind == "array" else torch.Generator()
+
+    def counting(params, opt_state, batch):
+        state = opt_state["kept"]
+        if kind == "array":
+            state += 1
+        else:
+            torch.rand((), generator=state)
+        return params, opt_state, ((batch - params["w"]) ** 2).sum(), len(batch)
+
+    start = {"params": {"w": torch.ones(())}, "opt_state": {"kept": kept}}
+    if law is check_purity:
+        with pytest.raises(LawBrokenError, match="opt_state"):
+            law(counting, torch.rand(8), **start, **FEW)
+    else:  # each call gets a copy, and does the same to it
+        law(counting, torch.rand(8), **start, **FEW)

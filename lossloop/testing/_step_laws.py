@@ -358,8 +358,9 @@ def _check_fresh_process(factory: str) -> None:
 def _fingerprint_elsewhere(factory: str) -> dict[str, Any]:
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    command = [sys.executable, "-c", _FRESH, factory, str(torch.get_num_threads())]
     done = subprocess.run(
-        [sys.executable, "-c", _FRESH, factory, str(torch.get_num_threads())],
+        command,
         env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths},
         stdin=subprocess.DEVNULL,
         capture_output=True,

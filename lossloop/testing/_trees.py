@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -71,13 +72,20 @@ def bits(tree: Any) -> dict[str, Any]:
 
     def leaf_bits(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
-            plain = leaf is None or isinstance(leaf, int | float | complex | str)
-            return repr(leaf) if plain else type(leaf).__name__
+            return _pickled(leaf)
         dense = leaf.detach() if leaf.layout is torch.strided else leaf.to_dense()
         flat = dense.cpu().contiguous().view(-1).view(torch.uint8)
         return leaf.dtype, leaf.shape, leaf.requires_grad, flat.numpy().tobytes()
 
     return {name: leaf_bits(leaf) for name, leaf in named_leaves(tree)}
+
+
+def _pickled(leaf: Any) -> Any:
+    """The state of what is no tensor: arrays of numpy, generators, numbers."""
+    try:
+        return type(leaf).__name__, pickle.dumps(leaf)
+    except Exception:  # whatever its class raises; then its kind is all that is known
+        return type(leaf).__name__
 
 
 def digest(tree: Any) -> str:
@@ -154,7 +162,7 @@ def magnitude(leaf: Any) -> float:
 
 def _leaf_gap(name: str, found: Any, expected: Any, scale: float) -> Gap:
     if not isinstance(found, Tensor | int | float):
-        same = type(found) is type(expected) and found == expected
+        same = _pickled(found) == _pickled(expected)
         return Gap(0.0 if same else math.inf, f"{name} is {found!r}, not {expected!r}")
     one, other = (torch.as_tensor(leaf).detach().cpu() for leaf in (found, expected))
     if one.shape != other.shape:
