@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Instead of those of the process.
 
     Returns:
-        The exit status: 1 if `verify` finds a law broken, otherwise 0.
+        The exit status: 1 if `verify` finds a law broken, 2 if it could not check,
+        otherwise 0.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lossloop",

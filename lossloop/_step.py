@@ -66,10 +66,12 @@ class MicroBatches(NamedTuple):
         self, params: Params, slots: Any, batch: Batch
     ) -> tuple[Params, Any, Tensor, Tensor]:
         """All of it as one pure function, which draws its numbers without seeding."""
-        body = self._replace(
-            add=Eager(self.add.function), update=Eager(self.update.function)
-        )
-        return body(nullcontext, params, slots, batch)
+        return self.eager()(nullcontext, params, slots, batch)
+
+    def eager(self) -> "MicroBatches":
+        """The same, not compiled."""
+        add, update = Eager(self.add.function), Eager(self.update.function)
+        return self._replace(add=add, update=update)
 
     def __call__(
         self, seeding: Seeding, *args: Any

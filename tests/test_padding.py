@@ -217,7 +217,7 @@ NOT_ADDITIVE = {
 @pytest.mark.parametrize("loss", NOT_ADDITIVE, ids=lambda loss: loss.__name__)
 def test_a_loss_that_does_not_add_up_is_noticed(loss):
     words = NOT_ADDITIVE[loss]
-    with pytest.warns(UserWarning, match=f"no mean over samples") as caught:  # noqa: F541
+    with pytest.warns(UserWarning, match="no mean over samples") as caught:
         run(model(), loss, epochs=1)
     (warning,) = caught
     assert words in str(warning.message)
@@ -447,7 +447,7 @@ def test_frozen_batch_norm_may_be_padded():
     assert len(result.history) == 1
 
 
-def test_teeth_zeros_as_padding_are_found_by_batch_statistics():
+def test_teeth_padding_changes_the_statistics_of_batch_norm():
     # What padding would do to BatchNorm, had it not been refused.
     net = batch_norm()
     goal = ll.supervised(net, LOSS)

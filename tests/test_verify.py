@@ -276,6 +276,7 @@ def returning(*values):
         (RIGHT, (X.numpy(), Y), {}, TypeError, "ndarray.*Make it a tensor"),
         (RIGHT, (X, "labels"), {}, TypeError, r"batch\[1\] is a str"),
         (RIGHT, [], {}, ValueError, "no batches"),
+        (RIGHT, [X, Y], {}, ValueError, "list of tensors that differ.*pass a tuple"),
         (RIGHT, TensorDataset(X, Y), {}, TypeError, "gives samples, not batches"),
         (RIGHT, (X * torch.inf, Y), {}, ValueError, "nan.*both are finite"),
         (RIGHT, (X, Y * 0 - 100), {}, ValueError, "needs a positive weight"),
@@ -453,6 +454,10 @@ def fails():
     raise KeyError("no such file")
 
 
+def ends():
+    sys.exit("no data")
+
+
 NUMBER = 3
 COMMAND = [sys.executable, "-m", "lossloop", "verify"]
 
@@ -493,6 +498,7 @@ def test_the_command(tmp_path, capsys):
         ("test_verify:returns_three", "returned a tuple of length 3"),
         ("test_verify:returns_no_data", "['batch', 'subject'], without subject or"),
         ("test_verify:few", "1 sample, which cannot be split"),
+        ("test_verify:ends", "ends the program: SystemExit(no data)"),
     ],
 )
 def test_what_the_command_cannot_read(text, words, tmp_path, monkeypatch, capsys):

@@ -10,11 +10,10 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.utils import _pytree as pytree
 
-from lossloop._batches import converted
 from lossloop._compile import Compiled, compile_step
 from lossloop._step import EvalStep, MicroBatches, TrainStep
 from lossloop._types import StepOutput
-from lossloop.testing._frozen import limit_of
+from lossloop.testing._frozen import in_float64, limit_of, narrowest
 from lossloop.testing._search import (
     Finding,
     Law,
@@ -121,7 +120,7 @@ def compiled_is_eager(
 ) -> Outcome:
     """Judges `COMPILED`."""
     plain, fast = _eager_program(subject), _compiled_program(subject, compiled, backend)
-    limit = limit_of((subject.params, subject.opt_state, subject.batch))
+    limit = limit_of(COMPILED, narrowest(subject))
 
     def judge(batches: list[list[int]]) -> Finding:
         current, worst = subject, Gap(0.0, "")
@@ -174,13 +173,8 @@ def _in_float64(
     subject: Subject, program: Program, samples: list[int]
 ) -> list[StepOutput]:
     """The results in float64; none where it is not taken."""
-    params, opt_state, batch = (
-        converted(tree, torch.float64)
-        for tree in (subject.params, subject.opt_state, subject.take(samples))
-    )
-    wide = subject._replace(params=params, opt_state=opt_state)
     try:
-        return [wide.call(program.call, samples, batch)]
+        return [in_float64(subject).call(program.call, samples)]
     except RaisedError:
         return []
 

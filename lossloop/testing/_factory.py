@@ -76,7 +76,10 @@ def made_by(text: str) -> dict[str, Any]:
     Raises:
         ValueError: If it returns something else, or cannot be loaded.
     """
-    made = load_factory(text)()
+    try:
+        made = load_factory(text)()
+    except SystemExit as error:
+        raise ValueError(f"{text!r} ends the program: SystemExit({error}).") from error
     if isinstance(made, tuple) and len(cast(Any, made)) == 2:
         return dict(zip(("subject", "data"), made, strict=True))
     if isinstance(made, dict) and {"subject", "data"} <= made.keys():

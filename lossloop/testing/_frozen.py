@@ -19,20 +19,22 @@ from lossloop.testing._search import (
     NotJudgedError,
     RaisedError,
     not_repeatable,
+    raised_on,
 )
 from lossloop.testing._subject import Pair, Subject
 from lossloop.testing._trees import Gap, beyond, gap, named_leaves, shaken
 
 # Of sums over a few dozen samples, and of a few steps.
 _LIMITS = {
-    torch.float64: Limit(1e-10, "far above float64 rounding"),
-    torch.float32: Limit(1e-4, "far above float32 rounding"),
+    torch.float64: Limit(1e-10, "above float64 rounding"),
+    torch.float32: Limit(1e-5, "above float32 rounding"),
     torch.bfloat16: Limit(2e-2, "above bfloat16 rounding"),
     torch.float16: Limit(2e-2, "above float16 rounding"),
 }
 
-# A loss near zero is a difference of larger terms: this times n is added to its size.
-_FLOOR = 1e-3
+# A loss near zero is a difference of larger terms: this times n is added to its size,
+# and more of it where there are fewer digits to lose.
+_FLOOR, _FLOOR_NARROW = 1e-3, 0.1
 
 
 class Watch(TorchDispatchMode):
@@ -59,10 +61,11 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if any(_floating(leaf) for leaf in pytree.tree_leaves(args)):
             for leaf in filter(_floating, pytree.tree_leaves(result)):
-                # Whole numbers (masks, counts) are exact in any dtype.
-                narrower = leaf.itemsize < self.narrow.itemsize
-                if narrower and bool((leaf != leaf.round()).any()):
-                    self.narrow = leaf.dtype
+                if leaf.itemsize < self.narrow.itemsize:
+                    # Whole numbers (masks, counts) are exact in any dtype.
+                    exact = leaf.double()  # which rounds, unlike float8
+                    if bool((exact != exact.round()).any()):
+                        self.narrow = leaf.dtype
         return result
 
 
@@ -79,38 +82,57 @@ def _floating(leaf: Any) -> bool:
 
 
 def watched(call: Callable[[], object]) -> Watch:
-    """What the operators of a call say; nothing if it is compiled, or raises first."""
+    """What the operators of a call say, up to where it raises; nothing if compiled."""
     with suppress(Exception), Watch() as watch:
         call()
     return watch
 
 
-def _limit(dtype: torch.dtype) -> Limit:
-    return _LIMITS.get(dtype, Limit(1.0, f"{dtype} is hardly checked"))
+def limit_of(law: Law, dtype: torch.dtype) -> Limit:
+    """What rounding to a dtype amounts to.
+
+    Raises:
+        NotJudgedError: If it has too few digits to tell right from wrong.
+    """
+    if dtype not in _LIMITS:
+        raise NotJudgedError(law, f"{dtype} has too few digits to tell.")
+    return _LIMITS[dtype]
 
 
-def limit_of(state: Any) -> Limit:
-    """What the rounding of the narrowest floats in a tree amounts to."""
-    dtypes = [leaf.dtype for _, leaf in named_leaves(state) if _floating(leaf)]
-    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float64)
-    return _limit(narrowest)
-
-
-def _widest(subject: Subject) -> tuple[Subject, Limit]:
-    """The subject in float64 if it takes that, and what its rounding amounts to."""
+def narrowest(subject: Subject) -> torch.dtype:
+    """Of the floating-point tensors that it is given."""
     state = subject.params, subject.opt_state, subject.batch
-    params, opt_state, batch = converted(state, torch.float64)
-    wide = subject._replace(params=params, opt_state=opt_state, batch=batch)
+    dtypes = [leaf.dtype for _, leaf in named_leaves(state) if _floating(leaf)]
+    return min(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float64)
+
+
+def in_float64(subject: Subject) -> Subject:
+    """The subject with its state and data in float64.
+
+    Raises:
+        RaisedError: If the device has none.
+    """
+    state = subject.params, subject.opt_state, subject.batch
+    with raised_on(range(subject.size)):
+        params, opt_state, batch = converted(state, torch.float64)
+    return subject._replace(params=params, opt_state=opt_state, batch=batch)
+
+
+def _widest(law: Law, subject: Subject) -> tuple[Subject, Limit]:
+    """The subject in float64 if it takes that, and what its rounding amounts to."""
     try:
+        wide = in_float64(subject)
         wide.measure(range(subject.size))
     except RaisedError:
-        limit = limit_of(state)
-        return subject, limit._replace(origin=f"{limit.origin} (no float64)")
+        narrow = narrowest(subject)
+        limit = limit_of(law, narrow)
+        limit = limit._replace(origin=f"{limit.origin} (no float64)")
+        return subject._replace(narrow=narrow), limit
     narrow = watched(lambda: wide.measure(range(wide.size))).narrow
-    limit = _limit(narrow)
+    limit = limit_of(law, narrow)
     if narrow != torch.float64:
         limit = limit._replace(origin=f"{limit.origin} (used inside)")
-    return wide, limit
+    return wide._replace(narrow=narrow), limit
 
 
 def of_updates(limit: Limit) -> Limit:
@@ -141,8 +163,10 @@ def beyond_rounding(
     apart = gap(found, expected)
     if apart.size <= limit.tolerance:
         return apart
+    eps = torch.finfo(subject.narrow).eps
     others = [
-        run(subject._replace(params=shaken(subject.params, seed))) for seed in range(3)
+        run(subject._replace(params=shaken(subject.params, eps, seed)))
+        for seed in range(3)
     ]
     return beyond(found, expected, others)
 
@@ -156,7 +180,9 @@ class Frozen:
     """
 
     def __init__(self, law: Law, subject: Subject) -> None:
-        self.subject, self.limit = _widest(subject)
+        self.subject, self.limit = _widest(law, subject)
+        exact = self.subject.narrow == torch.float64
+        self._floor = _FLOOR if exact else _FLOOR_NARROW
         self._law = law
         self._seen: dict[tuple[int, ...], Pair] = {}
         everything = range(subject.size)
@@ -194,7 +220,7 @@ class Frozen:
         pairs = [*some, *others]
         apart = total(some).loss_sum - total(others).loss_sum
         weight = sum(abs(pair.n) for pair in pairs)
-        size = sum(abs(pair.loss_sum) for pair in pairs) + _FLOOR * weight
+        size = sum(abs(pair.loss_sum) for pair in pairs) + self._floor * weight
         n_apart = abs(total(some).n - total(others).n)
         if any(pair.n % 1 for pair in pairs):
             n_apart /= weight

@@ -187,7 +187,8 @@ def _looks_like(
             f"n is {whole.n:g} for every batch, whatever is in it.",
             "Return losses.numel() as n, or the sum of the weights.",
         )
-    if not adds_up and min(means) <= whole.loss_sum / size <= max(means):
+    by_size = whole.n == size
+    if not adds_up and by_size and min(means) <= whole.loss_sum / size <= max(means):
         cause = (
             "loss_sum looks like the number of samples times a mean that has weights "
             "of its own (class weights, ignored targets), and so does not divide by "
@@ -295,8 +296,8 @@ def check_zero_weight_is_absence(
 
     A batch in which samples have the weights 0, 1, 2 and 3 must give the same loss_sum
     and n as one in which each sample stands as often as its weight says; and the same
-    gradient, or for a step the same update. Whole weights past 2**24 must add up
-    exactly; they are passed in float32.
+    gradient, or for a step the same update. Half the weights must give half of both
+    sums. Whole weights past 2**24 must add up exactly; they are passed in float32.
 
     An `Objective` is called in eval mode, and in float64 where it takes that.
 
@@ -373,8 +374,18 @@ def zero_weight_is_absence(
             expected = Pair(0.0, 0), pytree.tree_map(torch.zeros_like, change)
         apart = mean.difference([pair], [expected[0]])
         change_apart = gap(change, expected[1], abs(pair.loss_sum) + pair.n)
+        halves = [weight / 2 for weight in weights]
+        half = measured(
+            wide.call(wide.pair, samples, _with(put, wide, samples, halves, dtype))
+        )
+        half_apart = mean.difference([half, half], [pair])
 
         def words() -> str:
+            if half_apart > max(apart, change_apart.size):
+                return (
+                    f"samples {samples} with weights {weights}: {pair}. With weights "
+                    f"{halves}: {half}, which is not half."
+                )
             found = f"{pair}, not {expected[0]}"
             if apart < change_apart.size:
                 found = change_apart.words
@@ -383,7 +394,8 @@ def zero_weight_is_absence(
                 f"weights: {found}."
             )
 
-        return Finding(samples, max(apart, change_apart.size), words)
+        largest = max(apart, change_apart.size, half_apart)
+        return Finding(samples, largest, words)
 
     weighted = st.lists(
         st.tuples(st.integers(0, subject.size - 1), st.integers(0, 3)),
@@ -407,7 +419,7 @@ def _with(
     put: PutWeights,
     subject: Subject,
     samples: Sequence[int],
-    weights: Sequence[int],
+    weights: Sequence[float],
     dtype: torch.dtype,
 ) -> Batch:
     """The batch of these samples with weights."""

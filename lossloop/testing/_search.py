@@ -239,8 +239,8 @@ class Search:
             except Unsatisfiable:
                 trouble = NotJudgedError(
                     law,
-                    "no example could be evaluated. Give data on which the mean is "
-                    "defined for some of the samples alone.",
+                    "no example could be evaluated: of few samples alone the mean is "
+                    "not defined, or (for gradients) not smooth. Give other data.",
                 )
             except ValueError as error:
                 error.__notes__ = []  # of Hypothesis
@@ -276,11 +276,12 @@ def _judged(judge: Callable[[Any], Finding], example: Any) -> Finding:
 
 @contextmanager
 def generators_kept() -> Generator[None]:
-    """Puts the global random generators and the grad mode back to where they were."""
-    grad_mode = torch.is_grad_enabled()
+    """Puts the global random generators and modes of torch back to where they were."""
+    grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with host_generators_kept(), torch.random.fork_rng(devices):
             yield
     finally:
         torch.set_grad_enabled(grad_mode)
+        torch.set_default_dtype(dtype)

@@ -7,7 +7,9 @@ import pickle
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,9 +67,10 @@ _UNUSUAL = 3141592653
 
 _FRESH = """\
 import sys
-from lossloop.testing._step_laws import print_fingerprint
-print_fingerprint(*sys.argv[1:])
+from lossloop.testing._step_laws import write_fingerprint
+write_fingerprint(*sys.argv[1:])
 """
+_PATIENCE = 600  # seconds for it
 
 
 # --- purity ---------------------------------------------------------------------------
@@ -87,8 +90,9 @@ def check_purity(
 
     After each of some steps, the inputs must be bit for bit what they were, with the
     same `requires_grad` and no `.grad` written; so must be the global random generators
-    of torch, numpy and Python, the grad mode, what earlier steps returned, and the
-    module of an objective.
+    of torch, numpy and Python, the grad mode, the default dtype, what earlier steps
+    returned, and the module of an objective. The step has been called once before, so
+    that what it keeps from its first call on, like a cache, does not count.
 
     Args:
         subject: As for `check_partition_invariance`. Of an objective, the steps of
@@ -207,6 +211,7 @@ def _outside(subject: Subject) -> dict[str, Any]:
         "the random generator of numpy": pickle.dumps(np.random.get_state()),
         "the random generator of Python": random.getstate(),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
     }
     if torch.cuda.is_initialized():
         states = torch.cuda.get_rng_state_all()
@@ -290,6 +295,7 @@ def determinism(
     factory: str | Callable[[], Any] | None = None,
 ) -> Outcome:
     """Judges `DETERMINISM`."""
+    name = None if factory is None else factory_name(factory)
     for program in programs(subject):
         must_run(DETERMINISM, subject, program.call)
     first: dict[tuple[str, tuple[int, ...]], StepOutput] = {}
@@ -321,8 +327,8 @@ def determinism(
         step_samples(subject), step_samples(subject), st.integers(1, 2**32 - 1)
     )
     outcome = search.run(DETERMINISM, EXACT, examples, judge, repeatable=False)
-    if factory is not None:
-        _check_fresh_process(factory_name(factory))
+    if name is not None:
+        _check_fresh_process(name)
     return outcome
 
 
@@ -358,30 +364,39 @@ def _check_fresh_process(factory: str) -> None:
 def _fingerprint_elsewhere(factory: str) -> dict[str, Any]:
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    command = [sys.executable, "-c", _FRESH, factory, str(torch.get_num_threads())]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise NotJudgedError(DETERMINISM, f"{factory} fails in a fresh process: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "fingerprint.json")
+        command = [sys.executable, "-c", _FRESH, factory, str(file)]
+        try:
+            done = subprocess.run(
+                [*command, str(torch.get_num_threads())],
+                env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_PATIENCE,
+            )
+        except subprocess.TimeoutExpired:
+            why = f"{factory} took more than {_PATIENCE} s in a fresh process."
+            raise NotJudgedError(DETERMINISM, why) from None
+        if done.returncode or not file.exists():
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            why = f"{factory} fails in a fresh process: {last}"
+            raise NotJudgedError(DETERMINISM, why)
+        return json.loads(file.read_text())
 
 
-def print_fingerprint(factory: str, threads: str) -> None:
-    """Prints the fingerprint of a factory, as the last line; for a process of its own.
+def write_fingerprint(factory: str, file: str, threads: str) -> None:
+    """Writes the fingerprint of a factory; for a process of its own.
 
     Args:
         factory: "module:function".
+        file: To write.
         threads: How many torch may use: sums are cut by their number.
     """
     torch.set_num_threads(int(threads))
-    print(json.dumps(_fingerprint(factory)))  # noqa: T201
+    Path(file).write_text(json.dumps(_fingerprint(factory)))
 
 
 @generators_kept()

@@ -91,6 +91,7 @@ class Subject(NamedTuple):
         step: The step, or the one made of the objective; None for an eval step.
         eval_step: The same for evaluation; None for a step.
         optimizer: The step is made with it.
+        narrow: The narrowest floating-point dtype in which it computes.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Subject(NamedTuple):
     step: StepFn | None = None
     eval_step: EvalStepFn | None = None
     optimizer: Any = None
+    narrow: torch.dtype = torch.float64
 
     def take(self, samples: Sequence[int]) -> Batch:
         """The batch of the samples with these indices, in this order."""
@@ -152,8 +154,7 @@ def eager(step: Any) -> Any:
         return step
     body = step.body
     if isinstance(body, MicroBatches):
-        add, update = Eager(body.add.function), Eager(body.update.function)
-        return TrainStep(body._replace(add=add, update=update))
+        return TrainStep(body.eager())
     return type(step)(Eager(body.function))
 
 
@@ -204,7 +205,8 @@ def must_run(
         NotJudgedError: If it does.
     """
     try:
-        subject.call(function, range(min(STEP_SAMPLES, subject.size)))
+        with generators_kept():
+            subject.call(function, range(min(STEP_SAMPLES, subject.size)))
     except RaisedError as error:
         raise NotJudgedError(law, f"samples {error}.") from error
 
@@ -377,6 +379,11 @@ def _joined(batches: Iterable[Batch]) -> Batch:
     total = 0
     for batch in batches:
         if parts and _form(batch) != _form(parts[0]):
+            if isinstance(batches, list) and isinstance(batch, Tensor):
+                raise ValueError(
+                    "data is a list of tensors that differ in form. A list is one of "
+                    "batches; for one batch of inputs and targets pass a tuple."
+                )
             break
         parts.append(batch)
         total += rows(batch)

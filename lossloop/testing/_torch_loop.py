@@ -297,10 +297,12 @@ def _over_model(subject: Subject, loss_fn: LossFn | None) -> _Loop:
     # What state it has follows the parameters into their dtype.
     optimizer.load_state_dict(optimizer.state_dict())
     own = loss_fn is None and is_torch_loss(goal.loss_fn)
-    oracle = _with_mean(goal.loss_fn) if own else loss_fn
+    oracle: Any = goal.loss_fn if own else loss_fn
     if isinstance(oracle, nn.Module):
         dtype = next(t.dtype for t in params.values() if t.is_floating_point())
         oracle = copy.deepcopy(oracle).to(dtype=dtype)
+    if own and oracle.reduction != "batchmean":
+        oracle.reduction = "mean"
 
     def mean(batch: Batch) -> Tensor:
         if oracle is None:
@@ -320,11 +322,3 @@ def _over_model(subject: Subject, loss_fn: LossFn | None) -> _Loop:
             return oracle(output, targets)
 
     return _Loop(params, optimizer, mean)
-
-
-def _with_mean(loss_fn: Any) -> LossFn:
-    """The loss of `torch.nn` as its own mean."""
-    own = copy.deepcopy(loss_fn)
-    if own.reduction != "batchmean":
-        own.reduction = "mean"
-    return own

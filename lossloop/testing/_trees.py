@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import math
 import pickle
 from collections.abc import Iterator, Sequence
@@ -48,15 +49,15 @@ def copied(tree: Any) -> Any:
     return pytree.tree_map(copy_leaf, tree)
 
 
-def shaken(tree: Any, seed: int) -> Any:
-    """The tree with its floating-point numbers rounded a little otherwise."""
+def shaken(tree: Any, eps: float, seed: int) -> Any:
+    """The tree with its floating-point numbers changed by some `eps` of their size."""
     generator = torch.Generator().manual_seed(seed)
 
     def shake(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
         noise = torch.randn(leaf.shape, generator=generator).to(leaf)
-        return (leaf * (1 + torch.finfo(leaf.dtype).eps * noise)).to(leaf.dtype)
+        return (leaf * (1 + eps * noise)).to(leaf.dtype)
 
     return pytree.tree_map(shake, tree)
 
@@ -80,12 +81,25 @@ def bits(tree: Any) -> dict[str, Any]:
     return {name: leaf_bits(leaf) for name, leaf in named_leaves(tree)}
 
 
+class _Pickler(pickle.Pickler):
+    """Gives the same bytes for the same content: pickled tensors hold an address."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Generator):
+            return "generator", obj.get_state().numpy().tobytes()
+        return ("tensor", bits(obj)) if isinstance(obj, Tensor) else None
+
+
 def _pickled(leaf: Any) -> Any:
     """The state of what is no tensor: arrays of numpy, generators, numbers."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.fast = True  # one object in two places is as good as two
     try:
-        return type(leaf).__name__, pickle.dumps(leaf)
+        pickler.dump(leaf)
     except Exception:  # whatever its class raises; then its kind is all that is known
         return type(leaf).__name__
+    return type(leaf).__name__, file.getvalue()
 
 
 def digest(tree: Any) -> str:

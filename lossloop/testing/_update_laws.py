@@ -347,7 +347,12 @@ def accumulation(
         advice = _NOT_ADDITIVE
         subject, function = _in_eval_mode(subject)
         whole = make_step(function, subject.optimizer)
-        make = functools.partial(_with_micro_batches, function, subject.optimizer)
+        optimizer = subject.optimizer
+
+        def own(k: int) -> StepFn:
+            return make_step(function, optimizer, accumulate=k)
+
+        make = own
     must_run(ACCUMULATION, subject, whole)
     made = functools.cache(make)
 
@@ -375,10 +380,6 @@ def accumulation(
     everything = range(subject.size)
     with coupling_explained(ACCUMULATION, lambda: run(whole, subject, everything)):
         return search.run(ACCUMULATION, limit, examples, judge)
-
-
-def _with_micro_batches(function: Any, optimizer: Any, k: int) -> StepFn:
-    return make_step(function, optimizer, accumulate=k)
 
 
 def _in_eval_mode(
