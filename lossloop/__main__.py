@@ -89,7 +89,7 @@ def _verify(command: argparse.ArgumentParser, options: Any) -> int:
             made = {"examples": options.examples, "backend": options.backend, **made}
             report = verify(**made)
         except (ValueError, TypeError, ImportError) as error:
-            command.error(str(error))
+            command.exit(2, f"error: {error}\n")
         except Exception:  # of the subject; 1 would say that a law is broken
             traceback.print_exc()
             return 2

@@ -1,5 +1,6 @@
 """Data in memory, read by whole batches instead of sample by sample."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,54 @@ from lossloop._types import Batch
 _FIXED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
+class Indexed(Iterator[Batch]):
+    """A pass over data in memory.
+
+    Attributes:
+        tensors: All samples.
+        ahead: Whether the order is fixed when the pass starts, so that several batches
+            may be asked for at once.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], orders: Iterator[Tensor], *, ahead: bool
+    ) -> None:
+        self.tensors = tensors
+        self.ahead = ahead
+        self._orders = orders
+
+    def __next__(self) -> Batch:
+        """The next batch: a list, as `default_collate` makes it."""
+        return self.take(next(self._orders))
+
+    def take(self, order: Tensor) -> Batch:
+        """The samples with these indices."""
+        return [tensor.index_select(0, order) for tensor in self.tensors]
+
+    def peek(self) -> Batch:
+        """The next batch, which stays the next.
+
+        Raises:
+            StopIteration: If there is none.
+        """
+        order = next(self._orders)
+        self._orders = itertools.chain([order], self._orders)
+        return self.take(order)
+
+    def orders(self, most: int) -> Iterator[Tensor]:
+        """The indices of the samples of what is left, k batches of one size at once.
+
+        Args:
+            most: The largest k.
+
+        Returns:
+            Tensors of shape (k, B), which are read as they are asked for.
+        """
+        for _, equal in itertools.groupby(self._orders, len):
+            while several := list(itertools.islice(equal, most)):
+                yield torch.stack(several)
+
+
 def read(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Starts a pass over batches, as `iter` does.
 
@@ -38,10 +87,13 @@ def read(batches: Iterable[Batch]) -> Iterator[Batch]:
     if found is None:
         return iter(batches)
     tensors, rows = found
-    orders = _orders(batches.batch_sampler, len(tensors[0] if rows is None else rows))
+    size = len(tensors[0] if rows is None else rows)
+    orders, ahead = _orders(batches.batch_sampler, size)
+    if rows is not None:
+        orders = (rows[order] for order in orders)
     # What a loader draws at the start of each pass, for workers that are not there.
     torch.empty((), dtype=torch.int64).random_(generator=batches.generator)
-    return _indexed(tensors, rows, orders)
+    return Indexed(tensors, orders, ahead=ahead)
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
@@ -80,12 +132,12 @@ def _index(indices: Iterable[int], size: int) -> Tensor:
     return torch.from_numpy(np.where(index < 0, index + size, index))
 
 
-def _orders(batch_sampler: Any, size: int) -> Iterator[Tensor]:
-    """The indices of each batch."""
+def _orders(batch_sampler: Any, size: int) -> tuple[Iterator[Tensor], bool]:
+    """The indices of each batch, and whether they are fixed from the start."""
     sampler: Any = getattr(batch_sampler, "sampler", None)
     if type(batch_sampler) is BatchSampler and type(sampler) in _FIXED:
-        return _cut(sampler, batch_sampler, size)
-    return (_index(indices, size) for indices in batch_sampler)
+        return _cut(sampler, batch_sampler, size), True
+    return (_index(indices, size) for indices in batch_sampler), False
 
 
 def _cut(
@@ -95,12 +147,3 @@ def _cut(
     for order in _index(sampler, size).split(batch_sampler.batch_size):
         if len(order) == batch_sampler.batch_size or not batch_sampler.drop_last:
             yield order
-
-
-def _indexed(
-    tensors: Sequence[Tensor], rows: Tensor | None, orders: Iterator[Tensor]
-) -> Iterator[Batch]:
-    for order in orders:
-        index = order if rows is None else rows[order]
-        # A list, as `default_collate` makes it.
-        yield [tensor.index_select(0, index) for tensor in tensors]

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from time import perf_counter
@@ -16,6 +17,7 @@ from test_laws import (
     LINE,
     START,
     accumulating,
+    contrastive,
     counts_ignored,
     descend,
     divided_once,
@@ -34,6 +36,7 @@ from lossloop.__main__ import main
 from lossloop.testing import (
     LawBrokenError,
     check_accumulation,
+    check_compiled_matches_eager,
     check_determinism,
     check_matches_torch_loop,
     check_partition_invariance,
@@ -300,6 +303,13 @@ def returning(*values):
         ),
         (STEP, CLASSES, {}, ValueError, "needs the state to start from"),
         (
+            descend,
+            LINE,
+            {"params": PARAMS},
+            TypeError,
+            "like a step .* pass params=... and opt_state=... too",
+        ),
+        (
             STEP,
             CLASSES,
             {"params": PARAMS},
@@ -407,6 +417,53 @@ def test_what_cannot_be_judged_says_why(check, words):
         check()
 
 
+def drawing(output, target):
+    noise = torch.randn_like(output)
+    return cross_entropy(output + noise, target, reduction="none")
+
+
+def penalised(model, batch):
+    penalty = sum((p**2).sum() for p in model.parameters())
+    return per_sample(model, batch).sum() + 0.01 * penalty, len(batch[1])
+
+
+@pytest.mark.parametrize(
+    ("subject", "cause"),
+    [
+        (ll.supervised(mlp(), drawing), r"In eval mode, random .* \(randn_like\)"),
+        (goal(penalised), "added once per batch, whatever is in it"),
+        (goal(mean_of_means), "looks like a mean"),
+        (goal(contrastive), "samples are compared"),
+    ],
+)
+def test_the_cause_is_the_one_at_hand(subject, cause):
+    with pytest.raises(LawBrokenError) as caught:
+        check_partition_invariance(subject, CLASSES)
+    assert re.search(cause, caught.value.cause)
+
+
+def test_what_was_not_looked_at_is_said():
+    report = verify(ll.supervised(mlp(), counts_ignored), (X, Y), backend="aot_eager")
+    (note,) = (row.note for row in report.rows if row.note)
+    assert "nothing about the mean. Pass loss_fn=" in note
+    assert f"the torch loop: {note[:20]}" in str(report)
+    data = X.repeat(10, 1), Y.repeat(10)
+    many = verify(RIGHT, data, backend="aot_eager", examples=1)
+    assert "on the first 32 samples" in str(many)
+    assert not any(row.note for row in many.rows)
+
+
+def test_a_step_that_is_compiled_at_each_call_is_not_judged():
+    calls = []
+
+    def counting(params, state, batch):
+        calls.append(1)
+        return descend(params, state, batch, rate=0.1 + 0 * len(calls))
+
+    with pytest.raises(ValueError, match="a number of Python changes"):
+        check_compiled_matches_eager(counting, LINE, **START, backend="aot_eager")
+
+
 # --- the command ----------------------------------------------------------------------
 
 
@@ -499,6 +556,7 @@ def test_the_command(tmp_path, capsys):
         ("test_verify:returns_no_data", "['batch', 'subject'], without subject or"),
         ("test_verify:few", "1 sample, which cannot be split"),
         ("test_verify:ends", "ends the program: SystemExit(no data)"),
+        ("./train.py:check", "names a file. Give the module, as in train:check"),
     ],
 )
 def test_what_the_command_cannot_read(text, words, tmp_path, monkeypatch, capsys):

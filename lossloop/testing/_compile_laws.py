@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.utils import _pytree as pytree
 
-from lossloop._compile import Compiled, compile_step
+from lossloop._compile import Compiled, CompiledTooOftenError, compile_step
 from lossloop._step import EvalStep, MicroBatches, TrainStep
 from lossloop._types import StepOutput
 from lossloop.testing._frozen import in_float64, limit_of, narrowest
@@ -55,6 +55,10 @@ RECOMPILATION = Law(
     "Make every number that changes a tensor in opt_state.",
 )
 
+_TOO_OFTEN = (
+    "the step is compiled anew at each call, because a number of Python changes (a "
+    "counter, an attribute). Make it a tensor in opt_state."
+)
 _NO_GRAPH = Limit(0.0, "no graph more")
 
 
@@ -126,7 +130,12 @@ def compiled_is_eager(
         current, worst = subject, Gap(0.0, "")
         for count, samples in enumerate(batches, 1):
             expected = current.call(plain.call, samples)
-            found = current.call(fast.call, samples)
+            try:
+                found = current.call(fast.call, samples)
+            except RaisedError as error:
+                if isinstance(error.__cause__, CompiledTooOftenError):
+                    raise NotJudgedError(COMPILED, _TOO_OFTEN) from None
+                raise
             apart = gap(found, expected)
             if apart.size > limit.tolerance:
                 precise = _in_float64(current, plain, samples)

@@ -23,6 +23,11 @@ def load_factory(text: str) -> Callable[[], Any]:
             f"{text!r} is not of the form module:function, like train:check or "
             f"package.train:check."
         )
+    if "/" in module_name or module_name.endswith(".py"):
+        raise ValueError(
+            f"{text!r} names a file. Give the module, as in "
+            f"{module_name.removesuffix('.py').rsplit('/')[-1]}:{name}, in its folder."
+        )
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:

@@ -18,6 +18,7 @@ from lossloop.testing._search import (
     Limit,
     NotJudgedError,
     RaisedError,
+    listed,
     not_repeatable,
     raised_on,
 )
@@ -201,9 +202,24 @@ class Frozen:
         # By their text, in which nan is nan.
         same = repr(first) == repr(pair)
         if not same and self.difference([first], [pair]) > self.limit.tolerance:
-            what = f"samples {list(samples)} gave {first}, and then {pair}"
+            what = f"samples {listed(samples)} gave {first}, and then {pair}"
             raise not_repeatable(self._law, what)
         return pair
+
+    def drawing(self) -> tuple[str, str] | None:
+        """Cause and remedy, if random numbers are drawn in eval mode."""
+        if self.subject.objective is None:
+            return None
+        couples = watched(lambda: self(range(self.subject.size))).couples
+        drawn = [text for text in sorted(couples) if text.startswith("random")]
+        if not drawn:
+            return None
+        cause = (
+            f"In eval mode, {' and '.join(drawn)}, so that the loss of a sample "
+            f"depends on its batch. (The numbers are seeded for each batch.)"
+        )
+        remedy = "Draw none where model.training is false, or put them into the batch."
+        return cause, remedy
 
     @property
     def as_trained(self) -> Callable[[], object] | None:

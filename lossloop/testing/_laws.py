@@ -1,7 +1,7 @@
 """The laws that concern the mean: how samples are split, ordered and weighted."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lossloop._objective import Objective, as_objective
+from lossloop._objective import Objective
 from lossloop._types import Batch, LossPair, Params
 from lossloop.testing._frozen import Frozen, coupling_explained, total
 from lossloop.testing._search import (
@@ -29,10 +29,11 @@ from lossloop.testing._subject import (
     admit,
     checked_output,
     eager,
+    evaluate,
     measured,
     trained_names,
 )
-from lossloop.testing._trees import gap
+from lossloop.testing._trees import gap, number
 
 PutWeights = Callable[[Batch, Tensor], Batch]
 
@@ -140,7 +141,9 @@ def partition_invariance(subject: Subject, search: Search) -> Outcome:
             )
 
         def advice() -> tuple[str, str] | None:
-            return _looks_like(whole, pairs, [len(part) for part in parts.values()])
+            found = mean.drawing() or _added_once(mean, parts.values())
+            sizes = [len(part) for part in parts.values()]
+            return found or _looks_like(whole, pairs, sizes)
 
         return Finding(samples, mean.difference([whole], pairs), words, advice)
 
@@ -151,6 +154,25 @@ def partition_invariance(subject: Subject, search: Search) -> Outcome:
     )
     with coupling_explained(PARTITION, mean.as_trained):
         return search.run(PARTITION, mean.limit, labelled, judge)
+
+
+def _added_once(mean: Frozen, parts: Iterable[Sequence[int]]) -> tuple[str, str] | None:
+    """What is added to each batch, whatever is in it."""
+    added: list[float] = []
+    for sample in {sample for part in parts for sample in part}:
+        once, twice = mean([sample]), mean([sample, sample])
+        added.append(2 * once.loss_sum - twice.loss_sum)
+        if once.n * 2 != twice.n:
+            return None
+    size = max(map(abs, added))
+    same = max(added) - min(added) <= 1e-6 * size
+    if not same or min(added) <= 0 or size <= mean.limit.tolerance:
+        return None
+    cause = (
+        f"Something is added once per batch, whatever is in it: {number(added[0])}. (A "
+        f"penalty on the weights?)"
+    )
+    return cause, "Multiply it by n, or leave it to the optimizer (weight_decay)."
 
 
 def _looks_like(
@@ -267,7 +289,7 @@ def order_invariance(subject: Subject, search: Search) -> Outcome:
                 return f"samples {samples}: {first}. In the order {order}: {turned}."
             return f"samples {samples}: {first}. After samples {others}: {later}."
 
-        return Finding(samples, max(by_order, by_time), words)
+        return Finding(samples, max(by_order, by_time), words, mean.drawing)
 
     sample = st.integers(0, subject.size - 1)
     orders = st.lists(sample, min_size=2, unique=True).flatmap(
@@ -395,7 +417,7 @@ def zero_weight_is_absence(
             )
 
         largest = max(apart, change_apart.size, half_apart)
-        return Finding(samples, largest, words)
+        return Finding(samples, largest, words, mean.drawing)
 
     weighted = st.lists(
         st.tuples(st.integers(0, subject.size - 1), st.integers(0, 3)),
@@ -449,11 +471,11 @@ class _Change(NamedTuple):
 def _effect(subject: Subject) -> Callable[[Any, Any, Batch], tuple[Pair, Any]]:
     """All that weights may change: the pair, and the gradient or the update."""
     if subject.objective is not None:
-        goal, names = as_objective(subject.objective), trained_names(subject)
+        names = trained_names(subject)
 
         def effect(params: Any, opt_state: Any, batch: Batch) -> tuple[Pair, Any]:
             def loss(trained: Params) -> LossPair:
-                return goal.evaluate({**params, **trained}, batch)
+                return evaluate(subject.objective, {**params, **trained}, batch)
 
             trained = {name: params[name] for name in names}
             if not trained:

@@ -61,6 +61,7 @@ class Row:
         cause: What usually breaks it, or what breaks it here.
         remedy: What to do about it.
         reason: Why it was not checked.
+        note: What was not looked at, though it held.
     """
 
     law: str
@@ -74,6 +75,7 @@ class Row:
     cause: str = ""
     remedy: str = ""
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,15 @@ class Report:
         )
         parts = [_wrapped(self.title), self._table()]
         parts += [_broken(row) for row in self.rows if row.result == "broken"]
-        unchecked = [row for row in self.rows if row.result == "not checked"]
-        if unchecked:
-            lines = [_wrapped(f"{row.law}: {row.reason}", "  ") for row in unchecked]
-            parts.append("\n".join(["NOT CHECKED", *lines]))
+        for head, texts in (
+            ("NOT CHECKED", {row.law: row.reason for row in self.rows}),
+            ("NOTE", {row.law: row.note for row in self.rows}),
+        ):
+            lines = [
+                _wrapped(f"{law}: {text}", "  ") for law, text in texts.items() if text
+            ]
+            if lines:
+                parts.append("\n".join([head, *lines]))
         return "\n\n".join([*parts, f"{numbers}."])
 
     def _table(self) -> str:
@@ -237,8 +244,9 @@ def verify(
     with generators_kept():
         rows = tuple(_row(law, check) for law, check in laws)
     mode = " (in eval mode for the laws about mean and gradient)"
+    size = f"{'the first ' * checked.cut}{checked.size}"
     return Report(
-        f"{checked.name[0].upper()}{checked.name[1:]} on {checked.size} samples, "
+        f"{checked.name[0].upper()}{checked.name[1:]} on {size} samples, "
         f"numbered from 0{mode if checked.step and checked.objective else ''}. A "
         f"broken law comes with the smallest example found.",
         rows,
@@ -265,4 +273,4 @@ def _row(law: Law, check: Callable[[], Outcome]) -> Row:
     except Exception as error:  # of the subject, where no law expects one
         text = f"stopped by {type(error).__name__}: {error}"
         return Row(law.name, law.says, "not checked", reason=text)
-    return Row(law.name, law.says, "held", *found[1:])
+    return Row(law.name, law.says, "held", *found[1:5], note=found.note)

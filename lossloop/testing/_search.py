@@ -55,6 +55,7 @@ class Outcome(NamedTuple):
         difference: The largest seen, relative to what `origin` says.
         tolerance: A larger difference would have broken the law.
         origin: Where the tolerance comes from.
+        note: What was not looked at.
     """
 
     law: str
@@ -62,6 +63,7 @@ class Outcome(NamedTuple):
     difference: float
     tolerance: float
     origin: str
+    note: str = ""
 
 
 class LawBrokenError(AssertionError):
@@ -126,13 +128,20 @@ def not_repeatable(law: Law, what: str) -> NotJudgedError:
     )
 
 
+def listed(samples: Sequence[int]) -> str:
+    """Indices of samples as a message shows them."""
+    first, last = samples[0], samples[-1]
+    whole = len(samples) > 4 and list(samples) == list(range(first, last + 1))
+    return f"{first} to {last}" if whole else str(list(samples))
+
+
 class RaisedError(RuntimeError):
     """The subject raised an error on some samples."""
 
     def __init__(self, samples: Sequence[int], error: Exception) -> None:
         self.samples = tuple(samples)
-        text = str(error).strip().split("\n")[0].rstrip(".")
-        super().__init__(f"{list(samples)} raise {type(error).__name__}: {text}")
+        text = " ".join(str(error).strip().split("\n\n")[0].split()).rstrip(".")
+        super().__init__(f"{listed(samples)} raise {type(error).__name__}: {text}")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from lossloop._compile import Compiled
 from lossloop._losses import as_pair
 from lossloop._model import device_of
 from lossloop._objective import Objective, as_objective
+from lossloop._random import seeded
 from lossloop._step import (
     Eager,
     EvalStep,
@@ -38,7 +39,7 @@ from lossloop._step import (
     make_eval_step,
     make_step,
 )
-from lossloop._types import Batch, EvalStepFn, LossPair, StepFn, StepOutput
+from lossloop._types import Batch, EvalStepFn, LossPair, Params, StepFn, StepOutput
 from lossloop.testing._search import (
     Law,
     NotJudgedError,
@@ -87,6 +88,7 @@ class Subject(NamedTuple):
         opt_state: To call it with; () for an eval step.
         batch: All the data.
         size: Samples in it.
+        cut: Whether there were more.
         objective: As it was given; None for steps.
         step: The step, or the one made of the objective; None for an eval step.
         eval_step: The same for evaluation; None for a step.
@@ -100,6 +102,7 @@ class Subject(NamedTuple):
     opt_state: Any
     batch: Batch = None
     size: int = 0
+    cut: bool = False
     objective: Any = None
     step: StepFn | None = None
     eval_step: EvalStepFn | None = None
@@ -218,6 +221,12 @@ def step_samples(subject: Subject) -> st.SearchStrategy[list[int]]:
     return st.lists(sample, min_size=size, max_size=size)
 
 
+def evaluate(objective: Any, params: Params, batch: Batch) -> LossPair:
+    """The pair of an objective in eval mode, with an eval step's random numbers."""
+    with seeded(0, device_of(params)):
+        return as_objective(objective).evaluate(params, batch)
+
+
 def trained_names(subject: Subject) -> list[str]:
     """Names of the params that an objective is differentiated by."""
     goal = as_objective(subject.objective)
@@ -254,9 +263,11 @@ def admit(where: str, subject: Any, data: Any, state: State) -> Subject:
             admitted = _step_subject(subject, state)
         else:
             admitted = _objective_subject(subject, state)
-        batch = _one_batch(data)
+        batch, cut = _one_batch(data)
         device = device_of(dict(_tensors(admitted.params)))
-        admitted = admitted._replace(batch=to_device(batch, device), size=rows(batch))
+        admitted = admitted._replace(
+            batch=to_device(batch, device), size=rows(batch), cut=cut
+        )
         _check_call(admitted)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from error
@@ -316,7 +327,7 @@ def _objective_subject(objective: Any, state: State) -> Subject:
 
     def pair(params: Any, opt_state: Any, batch: Batch) -> LossPair:
         with torch.no_grad():
-            return goal.evaluate(params, batch)
+            return evaluate(objective, params, batch)
 
     subject = Subject(
         "the objective",
@@ -351,14 +362,28 @@ def _check_takes(name: str, function: Any, wanted: tuple[str, ...]) -> None:
     try:
         signature.bind(*wanted)
     except TypeError:
+        if wanted == ("params", "batch") and _takes(signature, 3):
+            raise TypeError(
+                f"{name} takes {signature}, like a step (params, opt_state, batch). A "
+                f"step needs the state to start from: pass params=... and "
+                f"opt_state=... too."
+            ) from None
         raise TypeError(
             f"{name} takes {signature}, and is to be called as ({', '.join(wanted)}). "
             f"Wrap it in a function that takes these."
         ) from None
 
 
-def _one_batch(data: Any) -> Batch:
-    """Up to `MAX_SAMPLES` samples as one batch."""
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _one_batch(data: Any) -> tuple[Batch, bool]:
+    """Up to `MAX_SAMPLES` samples as one batch, and whether there may be more."""
     one = isinstance(data, Tensor | tuple | dict) or not isinstance(
         data, Iterable | Dataset
     )
@@ -367,10 +392,12 @@ def _one_batch(data: Any) -> Batch:
     found = rows(batch)
     if found < 2:
         raise ValueError(
-            f"data has {found} sample, which cannot be split. Give at least 2; some 10 "
+            f"data has {found} sample{'s' * (not found)}, which cannot be split. Give "
+            f"at least 2; some 10 "
             f"make a good check."
         )
-    return taken(batch, range(min(found, MAX_SAMPLES)))
+    cut = found > MAX_SAMPLES or (not one and found == MAX_SAMPLES)
+    return taken(batch, range(min(found, MAX_SAMPLES))), cut
 
 
 def _joined(batches: Iterable[Batch]) -> Batch:

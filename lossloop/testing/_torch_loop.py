@@ -43,6 +43,12 @@ from lossloop.testing._subject import (
 )
 from lossloop.testing._trees import copied
 
+_OWN_MEAN = (
+    "the loss of the loop was loss_sum / n of the objective itself, so this says "
+    "nothing about the mean. Pass loss_fn=..., a function (output, targets) that "
+    "returns the mean you want."
+)
+
 LossFn = Callable[[Any, Any], Tensor]
 
 TORCH_LOOP = Law(
@@ -191,7 +197,10 @@ def torch_loop(
                 subject.call(step, range(subject.size))
 
     with coupling_explained(TORCH_LOOP, call):
-        return search.run(TORCH_LOOP, limit, batches, judge)
+        outcome = search.run(TORCH_LOOP, limit, batches, judge)
+    if loss_fn is None and not is_torch_loss(getattr(goal, "loss_fn", None)):
+        return outcome._replace(note=_OWN_MEAN)
+    return outcome
 
 
 class _NoDropout(TorchFunctionMode):

@@ -9,7 +9,6 @@ from hypothesis import reject
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lossloop._objective import as_objective
 from lossloop._step import make_step
 from lossloop._types import Batch, LossPair, Params, StepFn, StepOutput
 from lossloop.testing._frozen import (
@@ -33,6 +32,7 @@ from lossloop.testing._subject import (
     admit,
     checked_output,
     eager,
+    evaluate,
     measured,
     must_run,
     must_train,
@@ -120,11 +120,12 @@ def check_gradients(
 
 
 def _by_autograd(subject: Subject) -> Gradient:
-    goal, names = as_objective(subject.objective), trained_names(subject)
+    names = trained_names(subject)
 
     def gradient(params: Params, batch: Batch) -> Params:
         def mean(trained: Params) -> Tensor:
-            loss_sum, n = goal.evaluate({**params, **trained}, batch)
+            whole = {**params, **trained}
+            loss_sum, n = evaluate(subject.objective, whole, batch)
             return loss_sum / n
 
         return torch.func.grad(mean)({name: params[name] for name in names})
@@ -140,7 +141,6 @@ class _Slopes:
     ) -> None:
         self._subject, self._samples = subject, samples
         self._names = trained_names(subject)
-        self._evaluate = as_objective(subject.objective).evaluate
         grads = subject.call(lambda params, _, batch: gradient(params, batch), samples)
         missing = [name for name in self._names if name not in grads]
         if missing:
@@ -161,7 +161,8 @@ class _Slopes:
             parts = zip(self._names, vector.split(sizes), strict=True)
             moved = {name: part.view(params[name].shape) for name, part in parts}
             with torch.no_grad():
-                return self._evaluate({**params, **moved}, batch)
+                whole = {**params, **moved}
+                return evaluate(self._subject.objective, whole, batch)
 
         loss_sum, n = measured(self._subject.call(pair, self._samples))
         return loss_sum / n if n else reject()
@@ -260,8 +261,10 @@ def gradients(
                 f"and finite differences give {number(numeric)}."
             )
 
-        apart = max(0.0, abs(exact - numeric) - doubt)
-        return Finding(samples, apart / size if apart else 0.0, words)
+        apart = abs(exact - numeric)
+        if apart <= doubt:  # which is no more than the tolerance then
+            return Finding(samples, min(apart / size, _SLOPES.tolerance), words)
+        return Finding(samples, (apart - doubt) / size, words)
 
     examples = st.tuples(
         st.lists(st.integers(0, subject.size - 1), min_size=1, max_size=4, unique=True),
@@ -386,10 +389,10 @@ def _in_eval_mode(
     subject: Subject,
 ) -> tuple[Subject, Callable[[Params, Batch], LossPair]]:
     """A subject whose params are those that are trained, and its objective."""
-    goal, names = as_objective(subject.objective), trained_names(subject)
+    names = trained_names(subject)
     trained = {name: subject.params[name] for name in names}
 
     def function(trained: Params, batch: Batch) -> LossPair:
-        return goal.evaluate({**subject.params, **trained}, batch)
+        return evaluate(subject.objective, {**subject.params, **trained}, batch)
 
     return subject._replace(params=trained), function
