@@ -13,67 +13,13 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lossloop as ll
-from lossloop._demo import conv_net
 from lossloop._plan import count_cost
-
-
-class Characters(nn.Module):
-    """A two-layer causal transformer over 64 characters."""
-
-    def __init__(self, width: int = 128, length: int = 64, symbols: int = 65) -> None:
-        """All of it is trained but the mask."""
-        super().__init__()
-        self.embed = nn.Embedding(symbols, width)
-        self.place = nn.Parameter(torch.zeros(length, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(width, symbols)
-        mask = nn.Transformer.generate_square_subsequent_mask(length)
-        self.register_buffer("mask", mask)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Gives B x symbols x length."""
-        hidden = self.embed(tokens) + self.place
-        hidden = self.layers(hidden, mask=self.mask, is_causal=True)
-        return self.head(hidden).transpose(1, 2)
-
-
-def mlp(width: int) -> nn.Module:
-    """The digits MLP."""
-    return nn.Sequential(
-        nn.Linear(64, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, 10),
-    )
-
-
-def vectors() -> tuple[Tensor, Tensor]:
-    """A batch of 64 digits."""
-    return torch.randn(64, 64), torch.randint(0, 10, (64,))
-
-
-CASES: dict[str, tuple[nn.Module, Any]] = {
-    "MLP 128": (mlp(128), vectors()),
-    "MLP 1024": (mlp(1024), vectors()),
-    "conv net": (
-        conv_net(),
-        (torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))),
-    ),
-    "transformer": (
-        Characters(),
-        (torch.randint(0, 65, (32, 64)), torch.randint(0, 65, (32, 64))),
-    ),
-}
+from lossloop._works import works
 
 
 def seconds_of(run: Callable[[], object], budget: float = 2.0) -> float:
@@ -98,7 +44,8 @@ def main() -> None:
         f"{'saved ms':>9}{'(est.)':>8}{'compile s':>10}{'(est.)':>8}{'pays after':>11}"
         f"{'(est.)':>8}"
     )
-    for number, (name, (model, batch)) in enumerate(CASES.items()):
+    for number, (name, work) in enumerate(works().items()):
+        model, batch = work.model(), work.batch
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}/{number}"  # always cold
         goal = ll.supervised(model, nn.CrossEntropyLoss())
         params, opt_state = ll.init(goal, ll.optim.Adam())

@@ -135,7 +135,7 @@ class _MustCompileError(Exception):
     """A guard failed in a call that was not seeded: the new graph might draw."""
 
 
-class _Graph:
+class Graph:
     """One function compiled for one shape of batch.
 
     A graph has no branches: it draws random numbers at every call, or never, and then
@@ -143,8 +143,16 @@ class _Graph:
     that call is made again, seeded, because the new graph may be of the other kind.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: Any) -> None:
-        self._backend = backend
+    def __init__(
+        self, function: Callable[..., Any], backend: str | Callable[..., Any]
+    ) -> None:
+        self._backend: Callable[..., Any]
+        if not isinstance(backend, str):
+            self._backend = backend
+        elif backend == "inductor":
+            self._backend = _inductor
+        else:
+            self._backend = lookup_backend(backend)
         self._compiled = torch.compile(
             _own_code(function),
             fullgraph=True,
@@ -216,14 +224,8 @@ class Compiled:
         self._written = _donating(function, donate) if donate else function
         self._donate = donate
         self._plan = plan
-        self._backend: Callable[..., Any]
-        if not isinstance(backend, str):
-            self._backend = backend
-        else:
-            self._backend = (
-                _inductor if backend == "inductor" else lookup_backend(backend)
-            )
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._backend = backend
+        self._graphs: dict[Hashable, Graph] = {}
 
     @property
     def compilations(self) -> int:
@@ -249,7 +251,7 @@ class Compiled:
             elif self._runs_eagerly(shape, args):
                 return self._eagerly(seeding, args)
             else:
-                graph = _Graph(self._written, self._backend)
+                graph = Graph(self._written, self._backend)
                 try:
                     result = graph(seeding, args)
                 except Exception as error:
@@ -302,18 +304,20 @@ def _donating(body: Callable[..., Any], count: int) -> Callable[..., Any]:
 
     def donating(*args: Any) -> tuple[Any, ...]:
         results = body(*args)
-        _write(args[:count], results[:count])
+        write(args[:count], results[:count])
         return results[count:]
 
     return donating
 
 
-def _write(old: Any, new: Any) -> None:
+def write(old: Any, new: Any) -> None:
     """Copies the tensors of one tree into those of another of the same form."""
-    pairs = list(_pairs(old, new))
+    moved = [
+        (target, source) for target, source in pairs(old, new) if target is not source
+    ]
     # A new tensor may be an old one of another place (slow weights that follow), or a
     # view of it: it is read before anything is written. The compiler fuses this away.
-    for target, source in [(target, source.clone()) for target, source in pairs]:
+    for target, source in [(target, source.clone()) for target, source in moved]:
         if target.ndim:
             target.copy_(source)
         else:
@@ -322,17 +326,16 @@ def _write(old: Any, new: Any) -> None:
             target.view(1).copy_(source.view(1))
 
 
-def _pairs(old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors of two trees of one form, where they are not the same."""
+def pairs(old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors of two trees of one form, in the order of the first."""
     if isinstance(old, Tensor):
-        if old is not new:
-            yield old, new
+        yield old, new
     elif isinstance(old, dict):  # by key: the orders may differ
         for key in old:
-            yield from _pairs(old[key], new[key])
+            yield from pairs(old[key], new[key])
     elif old is not None:
         for old_part, new_part in zip(old, new, strict=True):
-            yield from _pairs(old_part, new_part)
+            yield from pairs(old_part, new_part)
 
 
 @overload
@@ -397,13 +400,13 @@ def compile_step(
             )
         return EvalStep(compiled(step.body, donate=False, backend=backend))
     own = Compiled(step, donate=2 if donate else 0, backend=backend)
-    return functools.partial(own, _Unseeded)
+    return functools.partial(own, Unseeded)
 
 
-class _Unseeded:
+class Unseeded:
     """For steps of the caller's own, who see to their random numbers themselves."""
 
-    def __enter__(self) -> "_Unseeded":
+    def __enter__(self) -> "Unseeded":
         return self
 
     def __exit__(self, *error: object) -> None:

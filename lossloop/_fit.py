@@ -28,15 +28,16 @@ from lossloop._coupling import (
     coupled_padding,
     coupled_samples,
 )
-from lossloop._fold import fold, fold_eval
+from lossloop._fold import fold_eval
 from lossloop._history import History, Row
 from lossloop._mean import Mean
-from lossloop._memory import read
+from lossloop._memory import Indexed, read
 from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
 from lossloop._optimizers import as_optimizer, load_opt_state
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
 from lossloop._progress import Progress
+from lossloop._scan import CompiledFold
 from lossloop._schedule import Schedule
 from lossloop._step import EvalStep, TrainStep, init, make_eval_step, make_step
 from lossloop._types import Batch, OptState, Params, Slots
@@ -209,6 +210,12 @@ def fit(
     step = TrainStep(
         compiled(step.body, donate=True, plan=partial(planned, length(train)))
     )
+    by_step = schedule_by == "step"
+    fold = CompiledFold(
+        step,
+        plan=plans[0],
+        why_not="every step has a rate of the scheduler" if by_step else None,
+    )
     val_batches = None if val is None else length(val)
     eval_body = make_eval_step(goal).body
     eval_step = EvalStep(
@@ -219,12 +226,12 @@ def fit(
             if not plan.give_up(" ".join(RNN_HINT.split())):
                 raise ValueError(f"fit(compile=True): {RNN_HINT}")
 
-    scheduled = length(train) if schedule_by == "step" else 1
+    scheduled = length(train) if by_step else 1
     schedule.begin(opt_state, None if scheduled is None else scheduled * epochs)
     bar = Progress(shown=progress, epochs=epochs, batches=length(train))
 
     def on_step(opt_state: OptState, mean: Mean) -> OptState:
-        bar.step(mean)
+        bar.step(mean, int(opt_state.step))
         return schedule.after_step(opt_state)
 
     history, best_epoch, best = History(), None, params
@@ -232,12 +239,10 @@ def fit(
     try:
         batches = _checked(goal, params, opt_state, train, val, accumulate)
         for epoch in range(1, epochs + 1):
-            bar.begin(epoch)
+            bar.begin(epoch, int(opt_state.step))
             schedule.begin_epoch()
             start = perf_counter()
-            params, opt_state, mean = fold(
-                step, params, opt_state, batches, on_step=on_step
-            )
+            params, opt_state, mean = fold(params, opt_state, batches, on_step=on_step)
             batches = train
             train_loss, n_train = mean.value_and_weight()
             seconds = perf_counter() - start
@@ -282,7 +287,10 @@ def fit(
     if restore_best and best_epoch is not None:
         params = best
         load_params(model, params)
-    return Result(history, params, opt_state, best_epoch, plans[0].choice)
+    choice = plans[0].choice
+    if choice.compiled:
+        choice = choice.with_fold(fold.why_not)
+    return Result(history, params, opt_state, best_epoch, choice)
 
 
 def _write_back(
@@ -336,7 +344,7 @@ def _checked(
     """The training batches, looked at before anything is trained on them."""
     iterator = read(train)
     try:
-        first = next(iterator)
+        first = iterator.peek() if isinstance(iterator, Indexed) else next(iterator)
     except StopIteration:
         raise no_batches("train_loader") from None
     device = device_of(params)
@@ -386,4 +394,5 @@ def _checked(
         goal.check("val_loader, batch 1", params, batch, train=False)
         if isinstance(val, PaddedLast):
             _check_padding("val_loader", goal, params, batch)
-    return itertools.chain([first], iterator)
+    known = isinstance(iterator, Indexed)
+    return iterator if known else itertools.chain([first], iterator)

@@ -19,6 +19,9 @@ SECONDS_SAVED_PER_ELEMENT = {"cpu": 5e-10, "cuda": 1e-11}
 SECONDS_TO_COMPILE = 10.0
 SECONDS_TO_COMPILE_PER_OPERATOR = 0.05
 FEWEST_STEPS = 100  # below, the cost is not even counted
+# In one call with others, a step writes its new state to new memory: beyond this number
+# of elements that costs more than the call.
+LARGEST_FOLDED_STEP = 1e7
 
 
 class Cost(NamedTuple):
@@ -41,10 +44,23 @@ class Cost(NamedTuple):
 
 
 class CompileChoice(NamedTuple):
-    """What was decided about compiling, and why."""
+    """What was decided about compiling, and why.
+
+    Attributes:
+        compiled: Whether the step is compiled.
+        reason: Why, or why not; also why a compiled step is not folded.
+        folded: Whether many steps are made in one call.
+    """
 
     compiled: bool
     reason: str
+    folded: bool = False
+
+    def with_fold(self, why_not: str | None) -> "CompileChoice":
+        """The choice, with why the steps of a compiled one are made one by one."""
+        if why_not is None:
+            return self._replace(folded=True)
+        return self._replace(reason=f"{self.reason}; steps one by one: {why_not}")
 
 
 class _Counter(TorchDispatchMode):
@@ -144,15 +160,22 @@ class CompilePlan:
             self.choice = CompileChoice(compiled=False, reason=reason)
         return True
 
+    def worth_folding(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
+        """Whether to make many steps in one call."""
+        return self._cost(shape, args).elements <= LARGEST_FOLDED_STEP
+
+    def _cost(self, shape: Hashable, args: tuple[Any, ...]) -> Cost:
+        if shape not in self._costs:
+            self._costs[shape] = count_cost(self._function, args)
+        return self._costs[shape]
+
     def _judge(
         self, shape: Hashable, args: tuple[Any, ...], expected: int
     ) -> CompileChoice:
         if expected < FEWEST_STEPS:
             why = f"{expected} steps planned, fewer than {FEWEST_STEPS}"
             return CompileChoice(compiled=False, reason=why)
-        if shape not in self._costs:
-            self._costs[shape] = count_cost(self._function, args)
-        cost = self._costs[shape]
+        cost = self._cost(shape, args)
         device = pytree.tree_leaves(args)[0].device.type
         saved, spent = expected * cost.saved(device), cost.compilation()
         return CompileChoice(

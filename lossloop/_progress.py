@@ -25,8 +25,9 @@ class Progress:
         self._bar: Any = None
         self._next_read = 0.0
 
-    def begin(self, epoch: int) -> None:
-        """Starts the bar of an epoch."""
+    def begin(self, epoch: int, step: int) -> None:
+        """Starts the bar of an epoch, before which so many steps were made."""
+        self._before = step
         if self._shown:
             self._bar = tqdm(
                 total=self._batches,
@@ -37,11 +38,11 @@ class Progress:
             )
             self._next_read = monotonic() + SECONDS_BETWEEN_READS
 
-    def step(self, mean: Mean) -> None:
-        """Moves the bar by one batch."""
+    def step(self, mean: Mean, step: int) -> None:
+        """Moves the bar to where so many steps have been made."""
         if self._bar is None:
             return
-        self._bar.update()
+        self._bar.update(step - self._before - self._bar.n)
         if monotonic() >= self._next_read:
             total, weight = mean.read()
             if weight > 0:

@@ -14,11 +14,12 @@ HOME = Path(ll.__file__).parent
 FLOORS = [
     {"_types"},
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
-    | {"_memory"},
+    | {"_memory", "_works"},
     {"_losses", "_optimizers", "_batches", "_progress"},
     {"_objective", "optim", "_schedule"},
     {"_step", "_fold", "_coupling"},
     {"_compile", "_plan"},
+    {"_scan"},
     {"_fit"},
     {"_demo"},
     {"__init__"},

@@ -1,0 +1,296 @@
+"""The compiled fold: many steps in one call, on data in memory."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops import while_loop  # pyright: ignore[reportPrivateImportUsage]
+from torch.utils import _pytree as pytree
+
+from lossloop._batches import as_batches, no_batches
+from lossloop._compile import Graph, Unseeded, batch_shape, compiled, pairs, write
+from lossloop._fold import fold
+from lossloop._mean import Mean
+from lossloop._memory import Indexed, read
+from lossloop._model import device_of
+from lossloop._plan import CompilePlan
+from lossloop._random import seeded
+from lossloop._step import MicroBatches, TrainStep
+from lossloop._types import Batch, OptState, Params
+
+# Steps in one call, which costs about as much as a small step. More would make Ctrl-C
+# and the progress bar wait.
+LENGTH = 32
+
+OnStep = Callable[[OptState, Mean], OptState]
+
+
+class CannotScanError(Exception):
+    """Why steps are made one by one."""
+
+
+class Scan:
+    """Calls one function many times in one graph, compiled for one shape of batch.
+
+    What the function returns is carried on inside; what it leaves alone is not. The
+    tensors that were passed in hold the result in the end.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Params, Any, Batch],
+        backend: str | Callable[..., Any],
+    ) -> None:
+        """Calls the function once, to see what it does.
+
+        Args:
+            function: `(params, slots, batch) -> (params, slots, loss_sum, n)`.
+            args: To call it with.
+            backend: Of `torch.compile`.
+
+        Raises:
+            CannotScanError: If it draws random numbers: those of a step are seeded by
+                its number, and in a graph no generator can be seeded.
+        """
+        *state, batch = args
+        with torch.no_grad(), seeded(0, device_of(args[0])) as scope:
+            before = scope.states()
+            *new, _, n = function(*state, batch)
+            if not all(map(torch.equal, before, scope.states())):
+                raise CannotScanError("random numbers are drawn")
+        old, self._form = pytree.tree_flatten(state)
+        results = [result for _, result in pairs(state, new)]
+        self._size = len(batch[0])
+        self._counts = not n.is_floating_point()
+        self._carried = [i for i, t in enumerate(results) if t is not old[i]]
+        # A loop may not return one tensor in two places, or what it was given.
+        known, self._shared = set(map(id, old)), set[int]()
+        for i, result in enumerate(results):
+            if id(result) in known:
+                self._shared.add(i)
+            known.add(id(result))
+        self._function = function
+        self._orders = torch.zeros(LENGTH, self._size, dtype=torch.int64)
+        self._graph = Graph(self._run, backend)
+
+    def takes(self, orders: Tensor) -> bool:
+        """Whether batches are of the size that it is compiled for."""
+        return orders.shape[1] == self._size
+
+    def __call__(
+        self,
+        params: Params,
+        slots: Any,
+        mean: Mean,
+        tensors: Sequence[Tensor],
+        orders: Tensor,
+    ) -> Mean:
+        """Makes a step for each row of indices, and returns the mean so far."""
+        self._orders[: len(orders)] = orders
+        weight = mean.weight if self._counts else mean.weight.to(mean.total.dtype)
+        count = torch.tensor(len(orders))
+        leaves = pytree.tree_leaves((params, slots))
+        args = (count, self._orders, mean.total, weight, tensors, leaves)
+        with torch.no_grad():
+            return Mean(*self._graph(Unseeded, args))
+
+    def _run(
+        self,
+        count: Tensor,
+        orders: Tensor,
+        total: Tensor,
+        weight: Tensor,
+        tensors: Sequence[Tensor],
+        leaves: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        carried, shared, function, form = (
+            self._carried,
+            self._shared,
+            self._function,
+            self._form,
+        )
+
+        def goes_on(i: Tensor, *_: Tensor) -> Tensor:
+            return i < count
+
+        def step(
+            i: Tensor, total: Tensor, weight: Tensor, *moving: Tensor
+        ) -> tuple[Tensor, ...]:
+            now = list(leaves)
+            for place, tensor in zip(carried, moving, strict=True):
+                now[place] = tensor
+            state = pytree.tree_unflatten(now, form)
+            order = orders.index_select(0, i.view(1)).view(-1)
+            batch = [tensor.index_select(0, order) for tensor in tensors]
+            *new, loss_sum, n = function(*state, batch)
+            mean = Mean(total, weight).add(loss_sum, n)
+            results = [result for _, result in pairs(state, new)]
+            moved = [results[i].clone() if i in shared else results[i] for i in carried]
+            return i + 1, mean.total, mean.weight, *moved
+
+        start = [leaves[place] for place in carried]
+        i = torch.zeros((), dtype=torch.int64)
+        _, total, weight, *end = while_loop(goes_on, step, (i, total, weight, *start))
+        write(start, end)
+        return total, weight
+
+
+class CompiledFold:
+    """A fold that makes many steps in one call, where that pays; see `compile_fold`.
+
+    Attributes:
+        why_not: Why steps are made one by one; None if they are not, or that is not
+            decided yet.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        *,
+        backend: str | Callable[..., Any] = "inductor",
+        plan: CompilePlan | None = None,
+        why_not: str | None = None,
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            step: Compiled and donating, for what is not folded.
+            backend: Of `torch.compile`.
+            plan: Who decides whether to compile; None to do so in any case.
+            why_not: Why not to fold, if that is known already.
+        """
+        self._step = step
+        self._backend = backend
+        self._plan = plan
+        self._scan: Scan | None = None
+        self.why_not = why_not
+
+    def __call__(
+        self,
+        params: Params,
+        opt_state: OptState,
+        batches: Iterable[Batch],
+        *,
+        on_step: OnStep | None = None,
+    ) -> tuple[Params, OptState, Mean]:
+        """As `fold` with the step, but `on_step` is called once for several."""
+        passing = read(as_batches("batches", batches, passes=1))
+        mean = Mean.empty(device_of(params))
+        if self._folds(passing, params, opt_state):
+            for orders in passing.orders(LENGTH):
+                params, opt_state, mean = self._several(
+                    params, opt_state, mean, passing, orders
+                )
+                if on_step is not None:
+                    opt_state = on_step(opt_state, mean)
+            return params, opt_state, mean
+        return fold(self._step, params, opt_state, passing, on_step=on_step)
+
+    def _folds(
+        self, passing: Iterator[Batch], params: Params, opt_state: OptState
+    ) -> TypeGuard[Indexed]:
+        """Whether a pass is made many steps at a time, deciding it if need be."""
+        if self.why_not is None and self._scan is None:
+            try:
+                self._scan = self._new_scan(params, opt_state, passing)
+            except CannotScanError as error:
+                self._give_up(str(error))
+        return self._scan is not None
+
+    def _new_scan(
+        self, params: Params, opt_state: OptState, passing: Iterator[Batch]
+    ) -> Scan | None:
+        if isinstance(self._step.body, MicroBatches):
+            raise CannotScanError("batches are cut into micro-batches")
+        if not isinstance(passing, Indexed):
+            raise CannotScanError("the data are not read from memory")
+        if not passing.ahead:
+            raise CannotScanError("the sampler may look at what was done before")
+        device = device_of(params)
+        if device.type != "cpu":
+            raise CannotScanError(f"on {device.type}, calls are no cost")
+        try:
+            args = (params, opt_state.slots, passing.peek())
+        except StopIteration:
+            raise no_batches("batches") from None
+        if self._plan is not None:
+            shape = batch_shape(args[-1])
+            if not self._plan.worth(shape, args):
+                return None
+            if not self._plan.worth_folding(shape, args):
+                raise CannotScanError("a call is no cost beside such a step")
+        return Scan(self._step.body.function, args, self._backend)
+
+    def _several(
+        self,
+        params: Params,
+        opt_state: OptState,
+        mean: Mean,
+        passing: Indexed,
+        orders: Tensor,
+    ) -> tuple[Params, OptState, Mean]:
+        """A step for each row of indices, in one call if they are of the right size."""
+        if self._scan is not None and self._scan.takes(orders):
+            try:
+                mean = self._scan(
+                    params, opt_state.slots, mean, passing.tensors, orders
+                )
+            except Exception as error:
+                # Nothing was written yet. The caller's own mistakes raise again below.
+                self._give_up(f"{type(error).__name__}: {error}".split("\n\n")[0])
+            else:
+                step = opt_state.step + len(orders)
+                return params, opt_state._replace(step=step), mean
+        batches = [passing.take(order) for order in orders]
+        params, opt_state, rest = fold(self._step, params, opt_state, batches)
+        return params, opt_state, mean.merge(rest)
+
+    def _give_up(self, why: str) -> None:
+        self.why_not, self._scan = why, None
+
+
+def compile_fold(
+    step: TrainStep, *, backend: str | Callable[..., Any] = "inductor"
+) -> CompiledFold:
+    """Compiles a fold: many steps in one call, where the data are in memory.
+
+    A small step costs less than calling it. For a `DataLoader` over a `TensorDataset`
+    (or a `Subset` of one) with one of torch's own samplers, on the CPU, batches are put
+    together inside the graph, and a call makes 32 steps. Losses, weights and order are
+    those of `fold`. Where it cannot be, the steps are made one by one, compiled, and
+    `why_not` says why: random layers, other data, samplers of one's own, micro-batches.
+
+    Args:
+        step: Of `make_step`, not compiled.
+        backend: Of `torch.compile`.
+
+    Returns:
+        `epoch(params, opt_state, batches, *, on_step=None)`, which returns `(params,
+        opt_state, mean)` as `fold` does. It writes the new state into the tensors of
+        the old one. `on_step` is called after each call, so once for several steps.
+
+    Raises:
+        TypeError: If `step` is none of `make_step`.
+        ValueError: If it is compiled already.
+
+    Example:
+        >>> import lossloop as ll
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> goal = ll.supervised(torch.nn.Linear(2, 1), torch.nn.MSELoss())
+        >>> params, opt_state = ll.init(goal, torch.optim.SGD)
+        >>> step = ll.make_step(goal, torch.optim.SGD)
+        >>> epoch = ll.compile_fold(step, backend="aot_eager")
+        >>> data = TensorDataset(torch.ones(9, 2), torch.zeros(9, 1))
+        >>> loader = DataLoader(data, batch_size=4)
+        >>> params, opt_state, mean = epoch(params, opt_state, loader)
+        >>> int(opt_state.step), int(mean.weight), epoch.why_not
+        (3, 9, None)
+    """
+    if not isinstance(step, TrainStep):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"compile_fold takes a step of make_step, got a {type(step).__name__}."
+        )
+    one = TrainStep(compiled(step.body, donate=True, backend=backend))
+    return CompiledFold(one, backend=backend)
