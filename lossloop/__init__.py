@@ -13,6 +13,7 @@ from lossloop._mean import Mean
 from lossloop._model import load_params
 from lossloop._objective import Objective, objective, supervised
 from lossloop._optimizers import follow, from_torch, load_opt_state
+from lossloop._scan import compile_fold
 from lossloop._step import init, make_eval_step, make_step
 from lossloop._types import Optimizer, OptState
 
@@ -27,6 +28,7 @@ __all__ = [
     "Optimizer",
     "Result",
     "batch_mean",
+    "compile_fold",
     "compile_step",
     "fit",
     "fold",

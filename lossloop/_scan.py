@@ -197,7 +197,8 @@ class CompiledFold:
                 self._scan = self._new_scan(params, opt_state, passing)
             except CannotScanError as error:
                 self._give_up(str(error))
-        return self._scan is not None
+        ahead = isinstance(passing, Indexed) and passing.ahead
+        return ahead and self._scan is not None
 
     def _new_scan(
         self, params: Params, opt_state: OptState, passing: Iterator[Batch]

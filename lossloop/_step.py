@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
+from torch.utils import _pytree as pytree
 
 from lossloop._batches import split
 from lossloop._model import device_of
@@ -194,7 +195,10 @@ def init(
             "init: nothing is trainable: no parameter of the model has "
             "requires_grad=True. Unfreeze some with p.requires_grad_(True)."
         )
-    slots = as_optimizer(optimizer).init(own)
+    # An optimizer of one's own may keep a parameter, or what was computed from it.
+    slots = pytree.tree_map_only(
+        Tensor, Tensor.detach, as_optimizer(optimizer).init(own)
+    )
     if isinstance(slots, Slots) and not any(g.moments for g in slots.groups):
         raise ValueError(
             "init: nothing is trainable: every parameter of the optimizer has "

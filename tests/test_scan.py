@@ -1,0 +1,314 @@
+"""The compiled fold: bit for bit that of single steps, or the reason why not."""
+
+from functools import partial
+
+import pytest
+import torch
+from cases import CASES, mlp
+from torch import nn
+from torch.utils.data import DataLoader, Sampler, Subset, TensorDataset
+
+import lossloop as ll
+from lossloop import _compile
+from lossloop._plan import LARGEST_FOLDED_STEP
+from lossloop._scan import LENGTH
+
+
+class Attention(nn.Module):
+    """A small transformer without dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean(dim=1))
+
+
+def without_dropout(name):
+    model = CASES[name].model()
+    for place, part in enumerate(model):
+        if isinstance(part, nn.Dropout):
+            model[place] = nn.Identity()
+    return model
+
+
+MODELS = {
+    "mlp": (mlp, CASES["mlp"]),
+    "conv net": (partial(without_dropout, "conv_net"), CASES["conv_net"]),
+    "transformer": (Attention, CASES["encoder"]),
+    "tied": (CASES["tied"].model, CASES["tied"]),
+}
+
+
+def loader_of(case, n=23, **options):
+    data = TensorDataset(*case.batch(n))
+    options = {"batch_size": 4, "shuffle": True, **options}
+    return DataLoader(data, generator=torch.Generator().manual_seed(5), **options)
+
+
+def folds(model, loss, optimizer, loader, epochs=2, backend="aot_eager"):
+    """The state and the means after some epochs: compiled, and step by step."""
+    goal = ll.supervised(model, loss)
+    step = ll.make_step(goal, optimizer)
+    results = []
+    fold = ll.compile_fold(step, backend=backend)
+    donating = ll.compile_step(step, donate=True, backend=backend)
+    for epoch in (fold, partial(ll.fold, donating)):
+        loader.generator.manual_seed(5)
+        params, opt_state = ll.init(goal, optimizer)
+        means = []
+        for _ in range(epochs):
+            params, opt_state, mean = epoch(params, opt_state, loader)
+            means.append(mean.read())
+        results.append((params, opt_state, means, loader.generator.get_state()))
+    return fold, results
+
+
+def assert_same(one, other):
+    leaves = [torch.utils._pytree.tree_leaves(result) for result in (one, other)]
+    for a, b in zip(*leaves, strict=True):
+        assert type(a) is type(b)
+        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bit_for_bit_the_fold_of_steps(name):
+    """With an odd last batch, buffers, integer counters and class weights."""
+    model, case = MODELS[name]
+    fold, (many, one) = folds(model(), case.loss, torch.optim.Adam, loader_of(case))
+    assert fold.why_not is None
+    assert int(many[1].step) == 12
+    assert_same(many, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "conv net"])
+def test_generated_code_does_the_same(name):
+    model, case = MODELS[name]
+    # Not Adam, which makes much of a gradient that is nothing but rounding.
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    fold, (many, one) = folds(
+        model(), case.loss, sgd, loader_of(case), backend="inductor"
+    )
+    assert fold.why_not is None
+    for found, expected in zip(many[2], one[2], strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(many[0], one[0], rtol=1e-4, atol=1e-5)
+
+
+def follower():
+    """Its slow weights are the fast ones of before: one tensor in two places."""
+
+    def init(params):
+        return {"slow": {name: p.clone() for name, p in params.items()}}
+
+    def update(grads, slots, params):
+        return {name: -0.1 * g for name, g in grads.items()}, {"slow": params}
+
+    return ll.Optimizer(init, update)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ll.optim.SGD(lr=0.1, momentum=0.9),
+        ll.optim.AdamW(lr=0.01, amsgrad=True),
+        follower(),
+    ],
+    ids=["momentum", "AdamW", "follower"],
+)
+def test_with_any_optimizer(optimizer):
+    case = CASES["mlp"]
+    fold, (many, one) = folds(mlp(), case.loss, optimizer, loader_of(case), epochs=1)
+    assert fold.why_not is None
+    assert_same(many, one)
+
+
+@pytest.mark.parametrize("n", [LENGTH * 8 + 5, 3])
+def test_however_many_batches_there_are(n):
+    """Whole calls, a part of one, and an odd batch; or fewer samples than a batch."""
+    case, calls = CASES["mlp"], []
+    fold, (many, one) = folds(
+        mlp(), case.loss, torch.optim.SGD, loader_of(case, n), epochs=1
+    )
+    assert fold.why_not is None
+    assert_same(many, one)
+    steps = -(-n // 4)
+    params, opt_state = ll.init(ll.supervised(mlp(), case.loss), torch.optim.SGD)
+
+    def on_step(opt_state, mean):
+        calls.append((int(opt_state.step), int(mean.weight)))
+        return opt_state
+
+    fold(params, opt_state, loader_of(case, n), on_step=on_step)
+    assert calls[-1] == (steps, n)
+    assert len(calls) <= steps // LENGTH + 2
+
+
+def test_a_part_of_the_data_and_weights_that_are_no_counts():
+    case = CASES["mlp"]
+    data = Subset(TensorDataset(*case.batch(23)), [3, 1, 4, 1, 5, 9, 2, 6])
+    loader = DataLoader(data, 3, shuffle=True, generator=torch.Generator())
+    weights = nn.CrossEntropyLoss(weight=torch.tensor([0.3, 0.7, 1.1]))
+    fold, (many, one) = folds(mlp(), weights, torch.optim.Adam, loader)
+    assert fold.why_not is None
+    assert isinstance(many[2][0][1], float)
+    assert_same(many, one)
+
+
+class Backwards(Sampler):
+    def __iter__(self):
+        return iter(range(22, -1, -1))
+
+    def __len__(self):
+        return 23
+
+
+WHY_NOT = {
+    "random numbers": (lambda: CASES["conv_net"].model(), {}, {}, "conv_net"),
+    "the sampler may look": (
+        mlp,
+        {},
+        {"sampler": Backwards(), "shuffle": False},
+        "mlp",
+    ),
+    "micro-batches": (mlp, {"accumulate": 2}, {}, "mlp"),
+    "not read from memory": (mlp, {}, {"collate_fn": lambda rows: rows}, "mlp"),
+}
+
+
+@pytest.mark.parametrize("words", WHY_NOT)
+def test_what_cannot_be_folded_is_made_step_by_step(words):
+    model, options, loading, name = WHY_NOT[words]
+    case, model = CASES[name], model()
+    if "collate_fn" in loading:
+        stacked = torch.utils.data.default_collate
+        loading = {"collate_fn": lambda rows: stacked(rows)}
+    goal = ll.supervised(model, case.loss)
+    step = ll.make_step(goal, torch.optim.SGD, **options)
+    fold = ll.compile_fold(step, backend="aot_eager")
+    many = fold(*ll.init(goal, torch.optim.SGD), loader_of(case, **loading))
+    donating = ll.compile_step(step, donate=True, backend="aot_eager")
+    one = ll.fold(donating, *ll.init(goal, torch.optim.SGD), loader_of(case, **loading))
+    assert words in fold.why_not
+    assert_same(many[:2], one[:2])
+    assert many[2].read() == one[2].read()
+
+
+def test_other_data_may_follow():
+    """And other shapes of batch than the first."""
+    case = CASES["mlp"]
+    goal = ll.supervised(mlp(), case.loss)
+    step = ll.make_step(goal, torch.optim.SGD)
+    fold = ll.compile_fold(step, backend="aot_eager")
+    donating = ll.compile_step(step, donate=True, backend="aot_eager")
+    many, one = (ll.init(goal, torch.optim.SGD) for _ in range(2))
+    in_order = partial(loader_of, case, shuffle=False)
+    for data in (in_order(), [case.batch(5)], in_order(batch_size=6)):
+        many, one = fold(*many, data)[:2], ll.fold(donating, *one, data)[:2]
+    assert fold.why_not is None
+    assert int(many[1].step) == 6 + 1 + 4
+    assert_same(many, one)
+
+
+def test_what_is_no_step_is_refused():
+    step = ll.make_step(ll.supervised(mlp(), nn.CrossEntropyLoss()), torch.optim.SGD)
+    with pytest.raises(TypeError, match="takes a step of make_step, got a function"):
+        ll.compile_fold(lambda: None)
+    with pytest.raises(ValueError, match="compiled already"):
+        ll.compile_fold(ll.compile_step(step))
+    fold = ll.compile_fold(step, backend="aot_eager")
+    start = ll.init(ll.supervised(mlp(), nn.CrossEntropyLoss()), torch.optim.SGD)
+    with pytest.raises(ValueError, match="no batches"):
+        fold(*start, loader_of(CASES["mlp"], 3, drop_last=True))
+
+
+# --- in fit ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Graphs are run as they are instead of as generated code."""
+    monkeypatch.setattr(_compile, "_inductor", lambda graph, inputs: graph.forward)
+
+
+def trained(model=None, loader=None, **options):
+    torch.manual_seed(0)
+    model = model or mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    if "scheduler" in options:
+        options["scheduler"] = options["scheduler"](optimizer)
+    options = {"epochs": 3, "compile": True, "progress": False, **options}
+    loader = loader or loader_of(CASES["mlp"])
+    return ll.fit(model, nn.CrossEntropyLoss(), optimizer, loader, **options)
+
+
+@pytest.mark.usefixtures("quick")
+def test_fit_folds_and_reports_the_same():
+    folded, plain = trained(), trained(compile=False)
+    assert folded.compiled.folded
+    assert not plain.compiled.folded
+    assert folded.history["train_loss"] == pytest.approx(plain.history["train_loss"])
+    assert folded.history["step"] == plain.history["step"] == [6, 12, 18]
+    torch.testing.assert_close(folded.params, plain.params)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {
+                "scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+                "schedule_by": "step",
+            },
+            "every step has a rate of the scheduler",
+        ),
+        ({"accumulate": 2}, "cut into micro-batches"),
+        ({"pad_last": True}, "not read from memory"),
+    ],
+)
+def test_fit_says_why_steps_are_made_one_by_one(options, words):
+    result = trained(**options)
+    assert result.compiled.compiled
+    assert not result.compiled.folded
+    assert f"one by one: {words}" in result.compiled.reason or (
+        words in result.compiled.reason
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_rate_that_changes_by_epoch_is_followed():
+    options = {
+        "scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+        "schedule_by": "epoch",
+    }
+    folded, plain = trained(**options), trained(compile=False, **options)
+    assert folded.compiled.folded
+    assert folded.history["lr"] == plain.history["lr"] == [0.01, 0.005, 0.0025]
+    torch.testing.assert_close(folded.params, plain.params)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_large_step_is_not_folded(monkeypatch):
+    assert LARGEST_FOLDED_STEP > 1e5
+    monkeypatch.setattr("lossloop._plan.LARGEST_FOLDED_STEP", 10)
+    result = trained()
+    assert "a call is no cost beside such a step" in result.compiled.reason
+
+
+def test_what_does_not_compile_as_a_loop_is_compiled_as_a_step(monkeypatch):
+    def no_loops(graph, inputs):
+        if "while_loop" in graph.code:
+            raise NotImplementedError("no loops here")
+        return graph.forward
+
+    monkeypatch.setattr(_compile, "_inductor", no_loops)
+    result = trained()
+    assert result.compiled.compiled
+    assert not result.compiled.folded
+    assert "no loops here" in result.compiled.reason
+    plain = trained(compile=False)
+    torch.testing.assert_close(result.params, plain.params)
