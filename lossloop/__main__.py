@@ -1,4 +1,4 @@
-"""The command line: `python -m lossloop demo`, `python -m lossloop verify`."""
+"""The command line: `python -m lossloop demo`, `verify` and `bench`."""
 
 import argparse
 import os
@@ -63,6 +63,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--backend", default="inductor", help="of torch.compile, like aot_eager"
     )
     command.set_defaults(run=_verify)
+    command = commands.add_parser(
+        "bench",
+        help="time fit beside the loop of every tutorial",
+        description="Trains four small models with fit, eager and compiled, and with "
+        "the loop that every tutorial writes, by turns and on one thread, and prints "
+        "the time per step of the best epochs. Takes some minutes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument(
+        "--work", action="append", help="its name; may be given again (default: all)"
+    )
+    command.add_argument("--epochs", type=_at_least_one, default=10)
+    command.add_argument("--threads", type=_at_least_one, default=1)
+    command.set_defaults(run=_bench)
     options = parser.parse_args(arguments)
     return options.run(command, options)
 
@@ -97,6 +111,19 @@ def _verify(command: argparse.ArgumentParser, options: Any) -> int:
     if any(row.result == "broken" for row in report.rows):
         return 1
     return 0 if report.held else 2
+
+
+def _bench(command: argparse.ArgumentParser, options: Any) -> int:
+    # Imported late: it takes the back end of torch.compile along.
+    from lossloop.benchmark import time_works, works_table
+
+    torch.set_num_threads(options.threads)
+    try:
+        paces = time_works(options.work, epochs=options.epochs)
+    except ValueError as error:
+        command.exit(2, f"error: {error}\n")
+    print(works_table(paces))  # noqa: T201
+    return 0
 
 
 def _at_least_one(text: str) -> int:

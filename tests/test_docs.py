@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 import lossloop
+import lossloop.benchmark
 import lossloop.testing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,7 @@ def test_every_page_of_docs_is_on_the_map():
         ("lossloop", lossloop),
         ("lossloop.optim", lossloop.optim),
         ("lossloop.testing", lossloop.testing),
+        ("lossloop.benchmark", lossloop.benchmark),
     ],
 )
 def test_the_reference_has_all_public_names_with_their_signatures(heading, module):

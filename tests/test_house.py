@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import lossloop as ll
+import lossloop.benchmark
 import lossloop.testing
 
 HOME = Path(ll.__file__).parent
@@ -21,7 +22,7 @@ FLOORS = [
     {"_compile", "_plan"},
     {"_scan"},
     {"_fit"},
-    {"_demo"},
+    {"_demo", "benchmark"},
     {"__init__"},
     # Only the command line knows the verifier, which needs Hypothesis.
     {"testing._trees", "testing._factory", "testing._strategies", "testing._search"},
@@ -77,7 +78,7 @@ def test_public_names_are_sorted_and_there():
 
 
 def _documented():
-    for module in (ll, ll.optim, ll.testing):
+    for module in (ll, ll.optim, ll.testing, ll.benchmark):
         for name in module.__all__:
             thing = getattr(module, name)
             if callable(thing):
@@ -116,6 +117,7 @@ def test_who_reads_values_on_the_host():
         "_optimizers",  # handing the state back to torch
         "_schedule",  # the rate, once per run
         "_demo",
+        "benchmark",  # as tutorials do
         "testing._trees",  # the verifier: compares on the host
         "testing._subject",
         "testing._update_laws",

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -194,14 +193,16 @@ def test_what_is_not_deterministic_is_judged_by_the_laws_that_say_so():
 def test_it_takes_less_than_a_minute(tmp_path, monkeypatch):
     """With the code generator, and nothing in its cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    begin = perf_counter()
+    begin = os.times()
     report = verify(
         ll.supervised(CASES["conv_net"].model(), CASES["conv_net"].loss),
         CASES["conv_net"].batch(16),
         factory="test_verify:right",
     )
     assert report.held, str(report)
-    assert perf_counter() - begin < 60
+    # Of the processor, the compiler's included: others may be using it too.
+    used = [after - before for after, before in zip(os.times(), begin, strict=True)]
+    assert sum(used[:4]) < 60
 
 
 # --- data -----------------------------------------------------------------------------
