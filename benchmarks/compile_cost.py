@@ -56,8 +56,9 @@ def main() -> None:
         own = ll.init(goal, ll.optim.Adam())
         compiled(*own, batch)
         cold = perf_counter() - start
-        slow = seconds_of(lambda e=eager, b=batch, s=(params, opt_state): e(*s, b))
-        fast = seconds_of(lambda c=compiled, b=batch, s=own: c(*s, b))
+        with torch.no_grad():  # as in fit
+            slow = seconds_of(lambda e=eager, b=batch, s=(params, opt_state): e(*s, b))
+            fast = seconds_of(lambda c=compiled, b=batch, s=own: c(*s, b))
         saved, spent = cost.saved("cpu"), cost.compilation()
         print(
             f"{name:12}{cost.operators:10}{cost.elements / 1e6:8.3f}{slow * 1e3:10.2f}"

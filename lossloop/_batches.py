@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lossloop._memory import read
+from lossloop._memory import Indexed, read
 from lossloop._random import host_generators_kept
 from lossloop._types import Batch
 
@@ -325,6 +325,33 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, batch)
+
+
+def transferred(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a device.
+
+    Data in memory go to a GPU as a whole, if they fit. Other batches are copied from
+    pinned memory on a stream of their own, while the steps before are still at work.
+    """
+    if isinstance(batches, Indexed):
+        batches.move(device)
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            moved = to_device(pytree.tree_map_only(Tensor, _pinned, batch), device)
+        stepping = torch.cuda.current_stream(device)
+        stepping.wait_stream(copying)
+        for leaf in pytree.tree_leaves(moved):
+            if isinstance(leaf, Tensor) and leaf.is_cuda:
+                leaf.record_stream(stepping)  # or its memory may be used again too soon
+        yield moved
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor
 
 
 def _on(leaf: Any, device: torch.device) -> bool:

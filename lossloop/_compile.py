@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any, Protocol, overload
 
@@ -118,13 +119,27 @@ class Plan(Protocol):
         """Whether to go on eagerly if it cannot be compiled."""
         ...
 
+    def compiling(self) -> AbstractContextManager[None]:
+        """In which a graph is compiled, at its first call."""
+        ...
 
-def _inductor(graph: Any, inputs: Any) -> Any:
+
+def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
+    """torch.compile's own back end, set up for steps.
+
+    Args:
+        graph: What was traced.
+        inputs: An example.
+        options: Of `torch._inductor.config`, besides ours.
+    """
     # Imported late: it takes seconds, which a run that is not compiled need not spend.
     from torch._inductor.compile_fx import compile_fx
 
     # The guards know the sizes of the inputs already.
-    return compile_fx(graph, inputs, config_patches={"size_asserts": False})
+    from lossloop._products import BiasApart
+
+    patches = {"size_asserts": False, "post_grad_custom_post_pass": BiasApart()}
+    return compile_fx(graph, inputs, config_patches=patches | options)
 
 
 class CompiledTooOftenError(RuntimeError):
@@ -144,13 +159,17 @@ class Graph:
     """
 
     def __init__(
-        self, function: Callable[..., Any], backend: str | Callable[..., Any]
+        self,
+        function: Callable[..., Any],
+        backend: str | Callable[..., Any],
+        announced: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._announced = announced
         self._backend: Callable[..., Any]
         if not isinstance(backend, str):
             self._backend = backend
         elif backend == "inductor":
-            self._backend = _inductor
+            self._backend = inductor
         else:
             self._backend = lookup_backend(backend)
         self._compiled = torch.compile(
@@ -178,7 +197,10 @@ class Graph:
                 except BackendCompilerFailed as error:
                     if not isinstance(error.inner_exception, _MustCompileError):
                         raise
-            return self._call_seeded(seeding, args)
+            if self._compilations:
+                return self._call_seeded(seeding, args)
+            with self._announced():
+                return self._call_seeded(seeding, args)
         except FailOnRecompileLimitHit as error:
             raise CompiledTooOftenError(COMPILED_TOO_OFTEN.format(why=error)) from error
 
@@ -251,7 +273,8 @@ class Compiled:
             elif self._runs_eagerly(shape, args):
                 return self._eagerly(seeding, args)
             else:
-                graph = Graph(self._written, self._backend)
+                announced = nullcontext if self._plan is None else self._plan.compiling
+                graph = Graph(self._written, self._backend, announced)
                 try:
                     result = graph(seeding, args)
                 except Exception as error:

@@ -196,19 +196,29 @@ def fit(
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=clip_grad_value,
     )
+    bar = Progress(shown=progress, epochs=epochs, batches=length(train))
     plans: list[CompilePlan] = []
 
     def planned(
-        batches: int | None, function: Callable[..., Any], calls: int
+        what: str, batches: int | None, function: Callable[..., Any], calls: int
     ) -> CompilePlan:
-        calls_planned = None if batches is None else batches * calls
-        plan = CompilePlan(function, wish=compile, epochs=epochs, batches=calls_planned)
+        plan = CompilePlan(
+            function,
+            wish=compile,
+            epochs=epochs,
+            batches=None if batches is None else batches * calls,
+            announced=partial(bar.compiling, what),
+        )
         plans.append(plan)
         return plan
 
     # The tensors of params and opt_state are our own: the step may write to them.
     step = TrainStep(
-        compiled(step.body, donate=True, plan=partial(planned, length(train)))
+        compiled(
+            step.body,
+            donate=True,
+            plan=partial(planned, "training step", length(train)),
+        )
     )
     by_step = schedule_by == "step"
     fold = CompiledFold(
@@ -219,7 +229,11 @@ def fit(
     val_batches = None if val is None else length(val)
     eval_body = make_eval_step(goal).body
     eval_step = EvalStep(
-        compiled(eval_body, donate=False, plan=partial(planned, val_batches))
+        compiled(
+            eval_body,
+            donate=False,
+            plan=partial(planned, "validation step", val_batches),
+        )
     )
     if has_rnn(model):
         for plan in plans:
@@ -228,7 +242,6 @@ def fit(
 
     scheduled = length(train) if by_step else 1
     schedule.begin(opt_state, None if scheduled is None else scheduled * epochs)
-    bar = Progress(shown=progress, epochs=epochs, batches=length(train))
 
     def on_step(opt_state: OptState, mean: Mean) -> OptState:
         bar.step(mean, int(opt_state.step))

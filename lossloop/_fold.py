@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lossloop._batches import as_batches, no_batches, to_device
+from lossloop._batches import as_batches, no_batches, transferred
 from lossloop._mean import Mean
 from lossloop._memory import read
 from lossloop._model import device_of
@@ -53,11 +53,9 @@ def fold(
     device = device_of(params)
     mean = Mean.empty(device)
     seen = False
-    for batch in read(batches):
+    for batch in transferred(read(batches), device):
         with torch.no_grad():  # not around the loader, which is the caller's
-            params, opt_state, loss_sum, n = step(
-                params, opt_state, to_device(batch, device)
-            )
+            params, opt_state, loss_sum, n = step(params, opt_state, batch)
         mean = mean.add(loss_sum, n)
         if on_step is not None:
             opt_state = on_step(opt_state, mean)
@@ -92,8 +90,8 @@ def fold_eval(eval_step: EvalStepFn, params: Params, batches: Iterable[Batch]) -
     device = device_of(params)
     mean = Mean.empty(device)
     seen = False
-    for batch in read(batches):
-        mean = mean.add(*eval_step(params, to_device(batch, device)))
+    for batch in transferred(read(batches), device):
+        mean = mean.add(*eval_step(params, batch))
         seen = True
     if not seen:
         raise no_batches("batches")

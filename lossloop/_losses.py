@@ -382,7 +382,10 @@ the weights inside and leave them out of the batch."""
 
 
 def _module_losses(module: nn.Module, args: Args) -> Tensor:
-    return torch.func.functional_call(module, _buffers(module, args[0]), args)
+    buffers = _buffers(module, args[0])
+    return (
+        torch.func.functional_call(module, buffers, args) if buffers else module(*args)
+    )
 
 
 def _buffers(module: nn.Module, output: Tensor) -> dict[str, Tensor]:

@@ -47,7 +47,16 @@ class Indexed(Iterator[Batch]):
 
     def take(self, order: Tensor) -> Batch:
         """The samples with these indices."""
+        order = order.to(self.tensors[0].device)
         return [tensor.index_select(0, order) for tensor in self.tensors]
+
+    def move(self, device: torch.device) -> None:
+        """Keeps the samples on a GPU from now on, if they fit into half of its room."""
+        if device.type != "cuda":
+            return
+        size = sum(tensor.nbytes for tensor in self.tensors)
+        if size <= torch.cuda.mem_get_info(device)[0] // 2:
+            self.tensors = [tensor.to(device) for tensor in self.tensors]
 
     def peek(self) -> Batch:
         """The next batch, which stays the next.

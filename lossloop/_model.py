@@ -246,6 +246,13 @@ class FunctionalModel:
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         self._body = _Body(function, model)
+        # Looking for other names of a tensor takes a tenth of a small eager step.
+        names = (
+            {*dict(model.named_parameters(remove_duplicate=all_names))}
+            | {*dict(model.named_buffers(remove_duplicate=all_names))}
+            for all_names in (False, True)
+        )
+        self._tied = len(set(map(len, names))) > 1
         self._buffers = tuple(
             name
             for name, tensor in model_params(model).items()
@@ -263,7 +270,7 @@ class FunctionalModel:
         for name in self._buffers:
             tensors[f"model.{name}"] = params[name].clone()
         given = {name: tensors[f"model.{name}"] for name in self._buffers}
-        result = functional_call(self._body, tensors, args)
+        result = functional_call(self._body, tensors, args, tie_weights=self._tied)
         # functional_call leaves in the dictionary what the module assigned meanwhile,
         # which may be a tensor of the batch: a step must not hand that out as state.
         left = {name: tensors[f"model.{name}"] for name in self._buffers}

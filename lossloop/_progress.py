@@ -1,5 +1,7 @@
 """The progress bar and the line per epoch."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
@@ -48,6 +50,18 @@ class Progress:
             if weight > 0:
                 self._bar.set_postfix_str(f"train_loss {total / weight:.4g}")
             self._next_read = monotonic() + SECONDS_BETWEEN_READS
+
+    @contextmanager
+    def compiling(self, what: str) -> Generator[None]:
+        """Says that something is compiled, and in a line how long it took."""
+        if self._bar is None:
+            yield
+            return
+        self._bar.set_postfix_str(f"compiling the {what}")
+        start = monotonic()
+        yield
+        self._bar.set_postfix_str("")
+        tqdm.write(f"Compiled the {what} in {monotonic() - start:.1f} s")
 
     def validate(self) -> None:
         """Says that the training part of the epoch is done."""

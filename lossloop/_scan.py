@@ -1,15 +1,26 @@
 """The compiled fold: many steps in one call, on data in memory."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop  # pyright: ignore[reportPrivateImportUsage]
+from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
 from lossloop._batches import as_batches, no_batches
-from lossloop._compile import Graph, Unseeded, batch_shape, compiled, pairs, write
+from lossloop._compile import (
+    Graph,
+    Unseeded,
+    batch_shape,
+    compiled,
+    inductor,
+    pairs,
+    write,
+)
 from lossloop._fold import fold
 from lossloop._mean import Mean
 from lossloop._memory import Indexed, read
@@ -22,6 +33,9 @@ from lossloop._types import Batch, OptState, Params
 # Steps in one call, which costs about as much as a small step. More would make Ctrl-C
 # and the progress bar wait.
 LENGTH = 32
+
+# Earlier versions cannot compile a loop so.
+_CALLS_IN_CPP = TorchVersion(torch.__version__) >= "2.13"
 
 OnStep = Callable[[OptState, Mean], OptState]
 
@@ -42,6 +56,7 @@ class Scan:
         function: Callable[..., Any],
         args: tuple[Params, Any, Batch],
         backend: str | Callable[..., Any],
+        announced: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Calls the function once, to see what it does.
 
@@ -49,6 +64,7 @@ class Scan:
             function: `(params, slots, batch) -> (params, slots, loss_sum, n)`.
             args: To call it with.
             backend: Of `torch.compile`.
+            announced: Makes a context to compile in.
 
         Raises:
             CannotScanError: If it draws random numbers: those of a step are seeded by
@@ -73,7 +89,7 @@ class Scan:
             known.add(id(result))
         self._function = function
         self._orders = torch.zeros(LENGTH, self._size, dtype=torch.int64)
-        self._graph = Graph(self._run, backend)
+        self._graph = Graph(self._run, backend, announced)
 
     def takes(self, orders: Tensor) -> bool:
         """Whether batches are of the size that it is compiled for."""
@@ -216,13 +232,18 @@ class CompiledFold:
             args = (params, opt_state.slots, passing.peek())
         except StopIteration:
             raise no_batches("batches") from None
-        if self._plan is not None:
-            shape = batch_shape(args[-1])
-            if not self._plan.worth(shape, args):
-                return None
-            if not self._plan.worth_folding(shape, args):
-                raise CannotScanError("a call is no cost beside such a step")
-        return Scan(self._step.body.function, args, self._backend)
+        function, plan = self._step.body.function, self._plan
+        if plan is None:
+            return Scan(function, args, self._backend)
+        shape = batch_shape(args[-1])
+        if not plan.worth(shape, args):
+            return None
+        if not plan.worth_folding(shape, args):
+            raise CannotScanError("a call is no cost beside such a step")
+        backend = self._backend
+        if backend == "inductor" and plan.worth_fast_calls() and _CALLS_IN_CPP:
+            backend = functools.partial(inductor, cpp_wrapper=True)
+        return Scan(function, args, backend, plan.compiling)
 
     def _several(
         self,

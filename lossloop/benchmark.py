@@ -36,6 +36,7 @@ from lossloop._works import Work, works
 __all__ = ["Comparison", "Form", "Pace", "compare", "time_works"]
 
 _FIRST_STEPS = 3  # whose losses are compared
+_LONG = 5000  # epochs planned, so that all is compiled that pays in a long run
 _AGREES = 1e-3  # relative: they are computed in another order
 
 Run = Callable[[int], list[Tensor]]
@@ -463,12 +464,12 @@ def time_works(names: Sequence[str] | None = None, *, epochs: int = 10) -> list[
 
     All read a shuffling `DataLoader`. Each epoch of `fit` is followed by one of the
     tutorial's loop, and the best epoch of each counts. Their losses of the first epoch
-    are compared first.
+    are compared first. `fit` is told of 5,000 epochs, and stopped.
 
     Args:
         names: Of the works; default all: "MLP 128", "MLP 1024", "conv net" and
             "transformer".
-        epochs: How many to train.
+        epochs: How many to make.
 
     Returns:
         A `Pace` for each.
@@ -500,11 +501,12 @@ def _pace(name: str, work: Work, epochs: int) -> Pace:
     seconds: dict[str, list[float]] = {"tutorial": []}
     waited: list[float] = []
 
-    def turn(_: object) -> None:
+    def turn(_: object) -> str | None:
         waited.append(perf_counter())
         start = perf_counter()
         means.append(tutorial_loop(hand, loader, adam))
         seconds["tutorial"].append(perf_counter() - start)
+        return "stop" if len(waited) == epochs else None
 
     results: dict[bool, Result] = {}
     begun = 0.0
@@ -517,7 +519,7 @@ def _pace(name: str, work: Work, epochs: int) -> Pace:
             nn.CrossEntropyLoss(),
             torch.optim.Adam(model.parameters(), lr=work.rate),
             work.loader(),
-            epochs=epochs,
+            epochs=_LONG,
             compile=wish,
             progress=False,
             on_epoch=turn,

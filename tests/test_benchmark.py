@@ -111,7 +111,9 @@ def test_the_works_are_the_same_each_time():
 
 
 def test_the_command(monkeypatch, capsys):
-    monkeypatch.setattr("lossloop._compile._inductor", lambda graph, _: graph.forward)
+    monkeypatch.setattr(
+        "lossloop._compile.inductor", lambda graph, inputs, **_: graph.forward
+    )
     small = Work(mlp, torch.randn(24, 5), torch.randint(0, 3, (24,)), 8)
     torch.manual_seed(0)
     weights = mlp().state_dict()

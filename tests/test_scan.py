@@ -231,7 +231,7 @@ def test_what_is_no_step_is_refused():
 @pytest.fixture
 def quick(monkeypatch):
     """Graphs are run as they are instead of as generated code."""
-    monkeypatch.setattr(_compile, "_inductor", lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(_compile, "inductor", lambda graph, inputs, **_: graph.forward)
 
 
 def trained(model=None, loader=None, **options):
@@ -292,6 +292,17 @@ def test_a_rate_that_changes_by_epoch_is_followed():
 
 
 @pytest.mark.usefixtures("quick")
+def test_it_is_said_that_something_is_compiled(capsys):
+    """Once for the steps in one call, and once for those of validation."""
+    trained(progress=True, val_loader=[CASES["mlp"].batch(5)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ompil" in line]
+    assert [line.split(" in ")[0] for line in lines] == [
+        "Compiled the training step",
+        "Compiled the validation step",
+    ]
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_large_step_is_not_folded(monkeypatch):
     assert LARGEST_FOLDED_STEP > 1e5
     monkeypatch.setattr("lossloop._plan.LARGEST_FOLDED_STEP", 10)
@@ -300,12 +311,12 @@ def test_a_large_step_is_not_folded(monkeypatch):
 
 
 def test_what_does_not_compile_as_a_loop_is_compiled_as_a_step(monkeypatch):
-    def no_loops(graph, inputs):
+    def no_loops(graph, inputs, **_):
         if "while_loop" in graph.code:
             raise NotImplementedError("no loops here")
         return graph.forward
 
-    monkeypatch.setattr(_compile, "_inductor", no_loops)
+    monkeypatch.setattr(_compile, "inductor", no_loops)
     result = trained()
     assert result.compiled.compiled
     assert not result.compiled.folded
