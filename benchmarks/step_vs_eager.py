@@ -67,8 +67,9 @@ def by_lossloop(
 
     def run(steps: int) -> None:
         params, opt_state = state
-        for _ in range(steps):
-            params, opt_state, _, _ = step(params, opt_state, batch)
+        with torch.no_grad():  # as fold calls it
+            for _ in range(steps):
+                params, opt_state, _, _ = step(params, opt_state, batch)
         state[:] = params, opt_state
         ll.load_params(model, params)
 

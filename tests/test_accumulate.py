@@ -304,7 +304,8 @@ def test_fit_reports_and_learns_the_same():
 def test_fit_compiles_both_parts_or_none():
     wished = pytest.MonkeyPatch()
     try:
-        wished.setattr("lossloop._compile._inductor", lambda graph, _: graph.forward)
+        run = "lossloop._compile.inductor"
+        wished.setattr(run, lambda graph, inputs, **_: graph.forward)
         model, result = run(accumulate=2, compile=True)
     finally:
         wished.undo()
