@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
+from lossloop import _compile
 
 SIZE = 7
 
@@ -301,14 +302,9 @@ def test_fit_reports_and_learns_the_same():
     assert relative(other.state_dict(), model.state_dict()) <= 1e-5
 
 
-def test_fit_compiles_both_parts_or_none():
-    wished = pytest.MonkeyPatch()
-    try:
-        run = "lossloop._compile.inductor"
-        wished.setattr(run, lambda graph, inputs, **_: graph.forward)
-        model, result = run(accumulate=2, compile=True)
-    finally:
-        wished.undo()
+def test_fit_compiles_both_parts_or_none(monkeypatch):
+    monkeypatch.setattr(_compile, "inductor", lambda graph, inputs, **_: graph.forward)
+    model, result = run(accumulate=2, compile=True)
     assert result.compiled.compiled
     other, plain = run(accumulate=2, compile=False)
     assert not plain.compiled.compiled
