@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from lossloop._machine import processor
 from lossloop._works import works
 
 # Each with the package that it needs.
@@ -253,14 +254,6 @@ def losses(found: Comparison) -> str:
         for name in found.names
     ]
     return table(["work", "not trained", *peers], rows)
-
-
-def processor() -> str:
-    """The name of the machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 def installed(packages: Sequence[str]) -> dict[str, str]:

@@ -16,13 +16,13 @@ import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import nn
 
 import lossloop as ll
+from lossloop._machine import processor
 
 ROUNDS, STEPS, BATCH = 25, 200, 64
 PROMISED = 2.2
@@ -104,8 +104,7 @@ def main() -> None:
             seconds[name].append((perf_counter() - start) / STEPS)
     eager = statistics.median(seconds["eager by hand"])
     print(f"torch {torch.__version__}, Python {platform.python_version()}, one core of")
-    processors = Path("/proc/cpuinfo").read_text().splitlines()
-    print(next(line for line in processors if "model name" in line))
+    print(processor())
     for name, times in seconds.items():
         median = statistics.median(times)
         print(

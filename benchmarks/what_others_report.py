@@ -40,6 +40,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 import lossloop as ll
+from lossloop._machine import processor
 
 os.environ["KERAS_BACKEND"] = "torch"  # read when Keras is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes started here
@@ -855,14 +856,6 @@ def report(cases: Sequence[str], trainers: Sequence[str]) -> tuple[str, list[str
     parts += ["## Versions", machine]
     wrong = [c for c in cases if plain[c, "lossloop"] != float(exact[c])]
     return "\n\n".join(parts), wrong
-
-
-def processor() -> str:
-    """The name of the machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

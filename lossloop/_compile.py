@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 from lossloop._step import Body, EvalStep, MicroBatches, Seeding, TrainStep
@@ -142,6 +143,11 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     return compile_fx(graph, inputs, config_patches=patches | options)
 
 
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
 class CompiledTooOftenError(RuntimeError):
     """A step was compiled again and again for one shape of batch."""
 
@@ -214,8 +220,7 @@ class Graph:
             finally:
                 self._seeded = False
             if self._compilations > known:
-                drew = not all(map(torch.equal, before, scope.states()))
-                self._draws = self._draws or drew
+                self._draws = self._draws or scope.drew_since(before)
         return result
 
 
@@ -437,6 +442,9 @@ class Unseeded:
 
     def states(self) -> list[Tensor]:
         return []
+
+    def drew_since(self, states: list[Tensor]) -> bool:
+        return False
 
 
 def compiled(

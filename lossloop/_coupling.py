@@ -164,7 +164,7 @@ def _read(pair: PairOf, params: Params, batch: Batch) -> tuple[_Pair, bool]:
     with torch.no_grad(), host_generators_kept(), scope:
         before = scope.states()
         loss_sum, n = pair(params, batch)
-        drew = not all(map(torch.equal, before, scope.states()))
+        drew = scope.drew_since(before)
     found = _Pair(float(loss_sum), float(n))
     if not all(map(math.isfinite, found)):
         raise _CannotTellError

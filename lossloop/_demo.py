@@ -14,6 +14,7 @@ from lossloop._fold import fold_eval
 from lossloop._history import History
 from lossloop._objective import supervised
 from lossloop._step import make_eval_step
+from lossloop._works import conv_net
 
 MISSING = """\
 The demo needs scikit-learn and matplotlib ({error}). Install them with
@@ -34,22 +35,6 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     return (
         TensorDataset(images[train], labels[train]),
         TensorDataset(images[val], labels[val]),
-    )
-
-
-def conv_net() -> nn.Module:
-    """A small conv net: B x 1 x 8 x 8 to B x 10."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.25),
-        nn.Linear(64 * 4 * 4, 10),
     )
 
 
@@ -141,7 +126,7 @@ def demo(epochs: int, device: str, out: Path) -> str:
     # where the threads wait for one another.
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = conv_net().to(device)
+    model = conv_net(dropout=0.25).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     train_loader = DataLoader(train_set, batch_size=64, shuffle=True)
     val_loader = DataLoader(val_set, batch_size=256)

@@ -244,7 +244,7 @@ def fit(
     schedule.begin(opt_state, None if scheduled is None else scheduled * epochs)
 
     def on_step(opt_state: OptState, mean: Mean) -> OptState:
-        bar.step(mean, int(opt_state.step))
+        bar.step(mean, opt_state.step)
         return schedule.after_step(opt_state)
 
     history, best_epoch, best = History(), None, params
@@ -252,7 +252,7 @@ def fit(
     try:
         batches = _checked(goal, params, opt_state, train, val, accumulate)
         for epoch in range(1, epochs + 1):
-            bar.begin(epoch, int(opt_state.step))
+            bar.begin(epoch, opt_state.step)
             schedule.begin_epoch()
             start = perf_counter()
             params, opt_state, mean = fold(params, opt_state, batches, on_step=on_step)

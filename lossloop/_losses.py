@@ -381,6 +381,25 @@ already, so that they cannot be applied. Return one loss per sample from it, or 
 the weights inside and leave them out of the batch."""
 
 
+def torch_mean(loss_fn: Any) -> Callable[[Any, Any, Tensor | None], Tensor]:
+    """A loss of `torch.nn` as its own mean, `(output, target, weights) -> mean`.
+
+    That of the module itself, for the form that it takes: two tensors, no weights.
+    """
+    own, pair = copy.deepcopy(loss_fn), loss_pair(loss_fn)
+    if own.reduction != "batchmean":
+        own.reduction = "mean"
+
+    def mean(output: Any, target: Any, weights: Tensor | None) -> Tensor:
+        plain = isinstance(output, Tensor) and isinstance(target, Tensor)
+        if plain and weights is None:
+            return own(output, target)
+        loss_sum, n = pair(output, target, weights)
+        return loss_sum / n
+
+    return mean
+
+
 def _module_losses(module: nn.Module, args: Args) -> Tensor:
     buffers = _buffers(module, args[0])
     return (

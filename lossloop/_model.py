@@ -246,13 +246,15 @@ class FunctionalModel:
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         self._body = _Body(function, model)
-        # Looking for other names of a tensor takes a tenth of a small eager step.
-        names = (
-            {*dict(model.named_parameters(remove_duplicate=all_names))}
-            | {*dict(model.named_buffers(remove_duplicate=all_names))}
-            for all_names in (False, True)
+        # Looking for the other names of a tensor takes a tenth of a small eager step.
+        all_names, own_names = (
+            [
+                *model.named_parameters(remove_duplicate=once),
+                *model.named_buffers(remove_duplicate=once),
+            ]
+            for once in (False, True)
         )
-        self._tied = len(set(map(len, names))) > 1
+        self._tied = len(all_names) > len(own_names)
         self._buffers = tuple(
             name
             for name, tensor in model_params(model).items()

@@ -421,6 +421,12 @@ def _has_init_and_update(value: object) -> TypeGuard[Any]:
     return all(callable(getattr(value, name, None)) for name in names)
 
 
+def is_of_torch(value: object) -> bool:
+    """Whether it is an instance, class or partial of a class of torch.optim."""
+    made: object = getattr(value, "func", value)  # of a partial
+    return issubclass(made if isinstance(made, type) else type(made), TorchOptimizer)
+
+
 def as_optimizer(value: object) -> Optimizer:
     """Whatever can serve as an optimizer, as an `Optimizer`.
 
@@ -440,9 +446,7 @@ def as_optimizer(value: object) -> Optimizer:
     """
     if isinstance(value, Optimizer):
         return value
-    made: object = getattr(value, "func", value)  # of a partial
-    kind = made if isinstance(made, type) else type(made)
-    if issubclass(kind, TorchOptimizer):
+    if is_of_torch(value):
         return from_torch(cast(TorchLike, value))
     if isinstance(value, type) or not _has_init_and_update(value):
         raise TypeError(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lossloop._history import Row
@@ -27,9 +28,9 @@ class Progress:
         self._bar: Any = None
         self._next_read = 0.0
 
-    def begin(self, epoch: int, step: int) -> None:
+    def begin(self, epoch: int, step: Tensor) -> None:
         """Starts the bar of an epoch, before which so many steps were made."""
-        self._before = step
+        self._before = int(step)
         if self._shown:
             self._bar = tqdm(
                 total=self._batches,
@@ -40,11 +41,11 @@ class Progress:
             )
             self._next_read = monotonic() + SECONDS_BETWEEN_READS
 
-    def step(self, mean: Mean, step: int) -> None:
+    def step(self, mean: Mean, step: Tensor) -> None:
         """Moves the bar to where so many steps have been made."""
         if self._bar is None:
             return
-        self._bar.update(step - self._before - self._bar.n)
+        self._bar.update(int(step) - self._before - self._bar.n)
         if monotonic() >= self._next_read:
             total, weight = mean.read()
             if weight > 0:

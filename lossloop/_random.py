@@ -65,6 +65,10 @@ class seeded:  # used as a context, like torch.no_grad
         """Where the generators are now."""
         return [generator.get_state() for generator in self._generators]
 
+    def drew_since(self, states: list[Tensor]) -> bool:
+        """Whether numbers have been drawn since the generators were there."""
+        return not all(map(torch.equal, states, self.states()))
+
 
 @contextmanager
 def host_generators_kept() -> Generator[None]:

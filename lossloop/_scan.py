@@ -74,7 +74,7 @@ class Scan:
         with torch.no_grad(), seeded(0, device_of(args[0])) as scope:
             before = scope.states()
             *new, _, n = function(*state, batch)
-            if not all(map(torch.equal, before, scope.states())):
+            if scope.drew_since(before):
                 raise CannotScanError("random numbers are drawn")
         old, self._form = pytree.tree_flatten(state)
         results = [result for _, result in pairs(state, new)]

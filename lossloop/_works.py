@@ -1,7 +1,7 @@
-"""The works that are timed: four small models, each with data made from a seed."""
+"""The works that are timed, four small models with data, and the tutorials' loop."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,8 @@ def _mlp(width: int) -> Callable[[], nn.Module]:
     )
 
 
-def _conv_net() -> nn.Module:
+def conv_net(dropout: float = 0.0) -> nn.Module:
+    """A small conv net: B x 1 x 8 x 8 to B x 10."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.BatchNorm2d(32),
@@ -88,6 +89,7 @@ def _conv_net() -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
+        *([nn.Dropout(dropout)] if dropout else []),
         nn.Linear(64 * 4 * 4, 10),
     )
 
@@ -113,6 +115,21 @@ def works() -> dict[str, Work]:
     return {
         "MLP 128": Work(_seeded(_mlp(128)), *digits(1792, 64), 64),
         "MLP 1024": Work(_seeded(_mlp(1024)), *digits(1792, 64), 64),
-        "conv net": Work(_seeded(_conv_net), *digits(1792, 1, 8, 8), 64),
+        "conv net": Work(_seeded(conv_net), *digits(1792, 1, 8, 8), 64),
         "transformer": Work(_seeded(Characters), text[:, :-1], text[:, 1:], 32),
     }
+
+
+def tutorial_loop(
+    model: nn.Module, loader: Iterable[Any], optimizer: torch.optim.Optimizer
+) -> float:
+    """One epoch as tutorials write it; returns the mean loss."""
+    loss_fn, total, size = nn.CrossEntropyLoss(), 0.0, 0
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        loss = loss_fn(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * inputs.size(0)
+        size += inputs.size(0)
+    return total / size

@@ -3,35 +3,33 @@
 import copy
 import itertools
 import os
-import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from importlib import import_module
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
-from lossloop._compile import compile_step
+from lossloop._compile import compile_step, graphs_compiled
 from lossloop._fit import Result, fit
-from lossloop._losses import is_torch_loss, loss_pair
+from lossloop._losses import is_torch_loss, loss_pair, torch_mean
+from lossloop._machine import machine
 from lossloop._mean import Mean
 from lossloop._model import device_of
 from lossloop._objective import Objective, forward, split_batch, supervised
+from lossloop._optimizers import is_of_torch
 from lossloop._plan import CompileChoice
 from lossloop._scan import LENGTH, CannotScanError, Scan
 from lossloop._step import TrainStep, init, make_step
 from lossloop._types import Batch
-from lossloop._works import Work, works
+from lossloop._works import Work, tutorial_loop, works
 
 __all__ = ["Comparison", "Form", "Pace", "compare", "time_works"]
 
@@ -232,12 +230,12 @@ def compare(
     makers["donating"] = lambda: stepping(
         compile_step(step, donate=True, backend=backend)
     )
-    makers["folded"] = folding
     plain = isinstance(batch, tuple | list) and all(
         type(leaf) is Tensor for leaf in pytree.tree_leaves(batch)
     )
-    if not plain or device_of(start()[0]).type != "cpu":
-        del makers["folded"]
+    if plain and device_of(goal.init()).type == "cpu":
+        makers["folded"] = folding
+    else:
         left_out["folded"] = "only batches of tensors on the CPU are folded"
     return _timed(makers, left_out, rounds)
 
@@ -250,29 +248,28 @@ def _by_hand(goal: Objective, optimizer: Any, batch: Batch) -> Callable[[], Run]
     """
     if goal.loss_fn is None:
         raise TypeError("an objective of one's own has no loop that everybody writes")
-    made = getattr(optimizer, "func", optimizer)  # of a partial
-    if not issubclass(made if isinstance(made, type) else type(made), Optimizer):
+    if not is_of_torch(optimizer):
         raise TypeError("only an optimizer of torch.optim can be stepped by hand")
-    loss_fn = goal.loss_fn
+    loss_fn: Any = goal.loss_fn
 
     def make() -> Run:
         model, own = copy.deepcopy((goal.model, optimizer))
         model.train()
         stepped = own if isinstance(own, Optimizer) else own(model.parameters())
         inputs, targets, weights = split_batch(batch)
+        pair = loss_pair(loss_fn)
 
-        def mean() -> Tensor:
-            output = forward(model, inputs)
-            if is_torch_loss(loss_fn) and weights is None:
-                return loss_fn(output, targets)
-            loss_sum, n = loss_pair(loss_fn)(output, targets, weights)
+        def mean_of_pair(output: Any, targets: Any, weights: Tensor | None) -> Tensor:
+            loss_sum, n = pair(output, targets, weights)
             return loss_sum / n
+
+        mean = torch_mean(loss_fn) if is_torch_loss(loss_fn) else mean_of_pair
 
         def run(steps: int) -> list[Tensor]:
             means: list[Tensor] = []
             for _ in range(steps):
                 stepped.zero_grad()
-                loss = mean()
+                loss = mean(forward(model, inputs), targets, weights)
                 loss.backward()
                 stepped.step()
                 means.append(loss.detach())
@@ -313,16 +310,16 @@ def _timed(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            before = _graphs()
+            before = graphs_compiled()
             times[name].append(1e6 * _seconds(run, turns[name]) / turns[name])
-            graphs[name] += _graphs() - before
-    slowest = statistics.median(next(iter(times.values())))
+            graphs[name] += graphs_compiled() - before
+    reference = statistics.median(next(iter(times.values())))
     forms: list[Form] = []
     for name, found in times.items():
         middle = statistics.median(found)
         low, _, high = statistics.quantiles(found, n=4) if rounds > 1 else (middle,) * 3
         cold_seconds, warm_seconds = cold[name]
-        saved = (slowest - middle) / 1e6
+        saved = (reference - middle) / 1e6
         pays = None if cold_seconds is None or saved <= 0 else cold_seconds / saved
         forms.append(
             Form(
@@ -330,7 +327,7 @@ def _timed(
                 microseconds=middle,
                 low=low,
                 high=high,
-                speed=slowest / middle,
+                speed=reference / middle,
                 peak=_peak(runs[name], LENGTH if name == "folded" else 1),
                 cold=cold_seconds,
                 warm=warm_seconds,
@@ -363,10 +360,6 @@ def _turn(run: Run) -> int:
     return max(1, steps) if steps < LENGTH else steps - steps % LENGTH
 
 
-def _graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
 def _peak(run: Run, steps: int) -> int:
     """Bytes allocated at most above what is held between steps."""
     (mean, *_) = run(steps)
@@ -382,25 +375,6 @@ def _peak(run: Run, steps: int) -> int:
     changes = [e for e in events if e.name() == "[memory]"]
     changes.sort(key=lambda change: change.start_ns())
     return max(itertools.accumulate(e.nbytes() for e in changes), default=0)
-
-
-def machine() -> str:
-    """Processor or GPU, threads, versions and date, in a line."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        name = platform.processor() or platform.machine()
-        known = Path("/proc/cpuinfo")
-        if known.exists():
-            lines = known.read_text().splitlines()
-            found = (
-                line.split(":")[1].strip() for line in lines if "model name" in line
-            )
-            name = next(found, name)
-    return (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {date.today().isoformat()}"
-    )
 
 
 def _or_blank(value: float | None, form: str) -> str:
@@ -442,21 +416,6 @@ class Pace(NamedTuple):
     waited: float
     apart: float
     choice: CompileChoice
-
-
-def tutorial_loop(
-    model: nn.Module, loader: Iterable[Any], optimizer: Optimizer
-) -> float:
-    """One epoch as tutorials write it; returns the mean loss."""
-    loss_fn, total, size = nn.CrossEntropyLoss(), 0.0, 0
-    for inputs, targets in loader:
-        optimizer.zero_grad()
-        loss = loss_fn(model(inputs), targets)
-        loss.backward()
-        optimizer.step()
-        total += loss.item() * inputs.size(0)
-        size += inputs.size(0)
-    return total / size
 
 
 def time_works(names: Sequence[str] | None = None, *, epochs: int = 10) -> list[Pace]:

@@ -15,7 +15,7 @@ HOME = Path(ll.__file__).parent
 FLOORS = [
     {"_types"},
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
-    | {"_memory", "_works"},
+    | {"_memory", "_works", "_machine"},
     {"_losses", "_optimizers", "_batches", "_progress"},
     {"_objective", "optim", "_schedule"},
     {"_step", "_fold", "_coupling"},
@@ -118,7 +118,7 @@ def test_who_reads_values_on_the_host():
         "_optimizers",  # handing the state back to torch
         "_schedule",  # the rate, once per run
         "_demo",
-        "benchmark",  # as tutorials do
+        "_works",  # as tutorials do
         "testing._trees",  # the verifier: compares on the host
         "testing._subject",
         "testing._update_laws",

@@ -5,7 +5,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from lossloop._works import Work
+from lossloop._works import Work, tutorial_loop
 from peers import Epochs, loader
 
 
@@ -24,18 +24,10 @@ def loop(
     shuffle: bool,
 ) -> Epochs:
     """The same for any optimizer, and any callable that has the module's weights."""
-    batches, loss_fn = loader(work, shuffle=shuffle), nn.CrossEntropyLoss()
+    batches = loader(work, shuffle=shuffle)
     seconds, losses = [], []
     for _ in range(epochs):
         start = perf_counter()
-        model.train()
-        running_loss = 0.0
-        for inputs, targets in batches:
-            optimizer.zero_grad()
-            loss = loss_fn(model(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            running_loss += loss.item() * inputs.size(0)
-        losses.append(running_loss / len(batches.dataset))
+        losses.append(tutorial_loop(model, batches, optimizer))
         seconds.append(perf_counter() - start)
     return seconds, losses

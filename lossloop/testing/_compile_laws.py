@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch.utils import _pytree as pytree
 
-from lossloop._compile import Compiled, CompiledTooOftenError, compile_step
+from lossloop._compile import (
+    Compiled,
+    CompiledTooOftenError,
+    compile_step,
+    graphs_compiled,
+)
 from lossloop._step import EvalStep, MicroBatches, TrainStep
 from lossloop._types import StepOutput
 from lossloop.testing._frozen import in_float64, limit_of, narrowest
@@ -252,9 +256,9 @@ def no_recompilation(
     program = _compiled_program(subject, compiled, backend)
     size = min(STEP_SAMPLES, subject.size)
     samples, others = list(range(size)), list(range(subject.size))[-size:]
-    before = _graphs()
+    before = graphs_compiled()
     must_run(RECOMPILATION, subject, program.call)
-    if _graphs() == before:
+    if graphs_compiled() == before:
         raise NotJudgedError(
             RECOMPILATION,
             f"torch.compile made no graph in the first call. Pass a step that it "
@@ -274,20 +278,16 @@ def no_recompilation(
     ]
     for words, change, batch in changes:
         for time in ("first", "second"):
-            before = _graphs()
+            before = graphs_compiled()
             current = change(current)
             current.call(program.call, batch)
-            more = _graphs() - before
+            more = graphs_compiled() - before
             if more:
                 text = f"a call with {words}, for the {time} time, compiled {more} more"
                 raise LawBrokenError(
                     RECOMPILATION, _NO_GRAPH, more, batch, f"{text}.", None
                 )
     return Outcome(RECOMPILATION.name, 2 * len(changes), 0.0, *_NO_GRAPH)
-
-
-def _graphs() -> int:
-    return counters["stats"]["unique_graphs"]
 
 
 def _stepper(program: Program, samples: list[int]) -> Callable[[Subject], Subject]:

@@ -222,7 +222,7 @@ def step_samples(subject: Subject) -> st.SearchStrategy[list[int]]:
 
 
 def evaluate(objective: Any, params: Params, batch: Batch) -> LossPair:
-    """The pair of an objective in eval mode, with an eval step's random numbers."""
+    """What an eval step computes, for those who differentiate it."""
     with seeded(0, device_of(params)):
         return as_objective(objective).evaluate(params, batch)
 
@@ -325,9 +325,10 @@ def _objective_subject(objective: Any, state: State) -> Subject:
             "too."
         )
 
+    eval_step = make_eval_step(objective)
+
     def pair(params: Any, opt_state: Any, batch: Batch) -> LossPair:
-        with torch.no_grad():
-            return evaluate(objective, params, batch)
+        return eval_step(params, batch)
 
     subject = Subject(
         "the objective",
@@ -335,7 +336,7 @@ def _objective_subject(objective: Any, state: State) -> Subject:
         params,
         (),
         objective=objective,
-        eval_step=make_eval_step(objective),
+        eval_step=eval_step,
     )
     if not trained_names(subject):  # a loss alone, which has a mean nevertheless
         return subject

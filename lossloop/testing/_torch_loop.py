@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lossloop._losses import is_torch_loss, loss_pair
+from lossloop._losses import is_torch_loss, torch_mean
 from lossloop._model import device_of, load_params, model_params
 from lossloop._objective import Objective, as_objective, forward, split_batch
+from lossloop._optimizers import is_of_torch
 from lossloop._random import mix, seeded
 from lossloop._types import Batch, OptState, Params, StepFn
 from lossloop.testing._frozen import (
@@ -149,9 +150,7 @@ def torch_loop(
         raise NotJudgedError(
             TORCH_LOOP, "loss_fn needs an output, which a plain function does not show."
         )
-    made = getattr(subject.optimizer, "func", subject.optimizer)  # of a partial
-    kind = made if isinstance(made, type) else type(made)
-    if not issubclass(kind, torch.optim.Optimizer):
+    if not is_of_torch(subject.optimizer):
         raise NotJudgedError(
             TORCH_LOOP,
             "there is no optimizer of torch.optim to compare with. Pass "
@@ -310,8 +309,7 @@ def _over_model(subject: Subject, loss_fn: LossFn | None) -> _Loop:
     if isinstance(oracle, nn.Module):
         dtype = next(t.dtype for t in params.values() if t.is_floating_point())
         oracle = copy.deepcopy(oracle).to(dtype=dtype)
-    if own and oracle.reduction != "batchmean":
-        oracle.reduction = "mean"
+    torchs = torch_mean(oracle) if own else None
 
     def mean(batch: Batch) -> Tensor:
         if oracle is None:
@@ -322,12 +320,10 @@ def _over_model(subject: Subject, loss_fn: LossFn | None) -> _Loop:
             return loss_sum / n
         inputs, targets, weights = split_batch(batch)
         output = forward(model, inputs)
-        plain = isinstance(output, Tensor) and isinstance(targets, Tensor)
-        if own and (weights is not None or not plain):  # torch takes another form
-            loss_sum, n = loss_pair(cast(Any, goal.loss_fn))(output, targets, weights)
-            return loss_sum / n
         with warnings.catch_warnings():  # of KLDivLoss, about a later release
             warnings.simplefilter("ignore")
+            if torchs is not None:
+                return torchs(output, targets, weights)
             return oracle(output, targets)
 
     return _Loop(params, optimizer, mean)
