@@ -57,10 +57,12 @@ def samples_first(loss, output, target):
     return output, target
 
 
-# Of each law for each loss: ten examples, or in the thorough profile 500, of ten
-# losses (with their options) or models, 50 each.
-PROFILE = settings().max_examples
-DRAWN, EACH = (10, 50) if PROFILE > 100 else (1, 5)
+# Of each law for each loss: five examples, or in the thorough profile 500, of ten
+# losses (with their options) or models, 50 each; of two, 250 each, where compiling them
+# takes longer.
+THOROUGH = settings().max_examples > 100
+DRAWN, EACH = (10, 50) if THOROUGH else (1, 5)
+COMPILED, OF_COMPILED = (2, 250) if THOROUGH else (1, 5)
 # The checks draw examples of their own inside of these.
 NESTED = settings(suppress_health_check=list(HealthCheck))
 
@@ -68,7 +70,7 @@ NESTED = settings(suppress_health_check=list(HealthCheck))
 def check(law, goal, data):
     options = {} if law == "check_no_recompilation" else {"examples": EACH}
     if law == "check_compiled_matches_eager":
-        options["backend"] = "aot_eager"
+        options = {"examples": OF_COMPILED, "backend": "aot_eager"}
     if law == "check_determinism":
         options["seed"] = 1
     LAWS[law](goal, data, **options)
@@ -77,9 +79,9 @@ def check(law, goal, data):
 @pytest.mark.parametrize("kind", _RULES, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("law", LAWS)
 def test_the_law_holds_for_the_loss(law, kind):
-    compiles = law in ("check_compiled_matches_eager", "check_no_recompilation")
+    compiles = law == "check_compiled_matches_eager"
 
-    @settings(NESTED, max_examples=max(1, DRAWN // 4) if compiles else DRAWN)
+    @settings(NESTED, max_examples=COMPILED if compiles else DRAWN)
     @given(st.data())
     def holds(draw):
         loss = draw.draw(testing.torch_losses([kind]))
@@ -92,7 +94,9 @@ def test_the_law_holds_for_the_loss(law, kind):
 
 @pytest.mark.parametrize("law", LAWS)
 def test_the_law_holds_for_models(law):
-    @settings(NESTED, max_examples=DRAWN)
+    compiles = law == "check_compiled_matches_eager"
+
+    @settings(NESTED, max_examples=COMPILED if compiles else DRAWN)
     @given(testing.models(), st.integers(0, 2**32 - 1))
     def holds(model, seed):
         generator = torch.Generator().manual_seed(seed)

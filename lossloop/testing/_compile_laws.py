@@ -17,7 +17,7 @@ from lossloop._compile import (
 )
 from lossloop._step import EvalStep, MicroBatches, TrainStep
 from lossloop._types import StepOutput
-from lossloop.testing._frozen import in_float64, limit_of, narrowest
+from lossloop.testing._frozen import beyond_rounding, in_float64, limit_of, narrowest
 from lossloop.testing._search import (
     Finding,
     Law,
@@ -40,7 +40,7 @@ from lossloop.testing._subject import (
     programs,
     step_samples,
 )
-from lossloop.testing._trees import Gap, beyond, gap
+from lossloop.testing._trees import Gap
 
 Backend = str | Callable[..., Any]
 
@@ -81,9 +81,9 @@ def check_compiled_matches_eager(
     """Checks a compiled step against the eager one, along some steps.
 
     Both get copies of the same inputs, so a compiled step may donate. All batches have
-    one shape, so that there is one compilation. What the eager step differs by from
-    itself in float64, ten times, counts as rounding and not as a difference. Inductor
-    is told to draw the random numbers of the eager step.
+    one shape, so that there is one compilation. Ten times what the eager step differs
+    by from itself, in float64 or from params rounded otherwise, counts as rounding and
+    not as a difference. Inductor is told to draw the random numbers of the eager step.
 
     Args:
         subject: As for `check_partition_invariance`. Of an objective, the step of
@@ -128,7 +128,8 @@ def compiled_is_eager(
 ) -> Outcome:
     """Judges `COMPILED`."""
     plain, fast = _eager_program(subject), _compiled_program(subject, compiled, backend)
-    limit = limit_of(COMPILED, narrowest(subject))
+    narrow = narrowest(subject)
+    limit, subject = limit_of(COMPILED, narrow), subject._replace(narrow=narrow)
 
     def judge(batches: list[list[int]]) -> Finding:
         current, worst = subject, Gap(0.0, "")
@@ -140,10 +141,14 @@ def compiled_is_eager(
                 if isinstance(error.__cause__, CompiledTooOftenError):
                     raise NotJudgedError(COMPILED, _TOO_OFTEN) from None
                 raise
-            apart = gap(found, expected)
-            if apart.size > limit.tolerance:
-                precise = _in_float64(current, plain, samples)
-                apart = beyond(found, expected, precise)
+            apart = beyond_rounding(
+                current,
+                limit,
+                found,
+                expected,
+                lambda other, samples=samples: other.call(plain.call, samples),
+                functools.partial(_in_float64, current, plain, samples),
+            )
             text = f"step {count} on samples {samples}: compiled, {apart.words}."
             worst = max(worst, Gap(apart.size, text))
             current = current._replace(

@@ -148,6 +148,7 @@ def beyond_rounding(
     found: Any,
     expected: Any,
     run: Callable[[Subject], Any],
+    precise: Callable[[], Sequence[Any]] = list,
 ) -> Gap:
     """The largest difference, without what rounding explains.
 
@@ -160,6 +161,7 @@ def beyond_rounding(
         found: A result.
         expected: What it should be.
         run: Computes `expected`, from params that are rounded otherwise.
+        precise: Computes it more precisely, where that can be done.
     """
     apart = gap(found, expected)
     if apart.size <= limit.tolerance:
@@ -169,7 +171,7 @@ def beyond_rounding(
         run(subject._replace(params=shaken(subject.params, eps, seed)))
         for seed in range(3)
     ]
-    return beyond(found, expected, others)
+    return beyond(found, expected, [*others, *precise()])
 
 
 class Frozen:
