@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
-from lossloop._step import Body, EvalStep, MicroBatches, Seeding, TrainStep
+from lossloop._step import Body, Eager, EvalStep, MicroBatches, Seeding, TrainStep
 from lossloop._types import Batch
 
 CANNOT_COMPILE = """\
@@ -35,6 +35,8 @@ torch.compile does not take nn.RNN, nn.LSTM or nn.GRU by default. Set
 torch._dynamo.config.allow_rnn = True to have it unroll them (slow to compile), or
 train eagerly.
 """
+
+BYTES_SHARED_BY_UPDATES = 64
 
 # Guards are checked before every call, at up to a third of a small step's time. Those
 # on torch's code, on ours and on the skeletons that only we can reach are dropped;
@@ -136,10 +138,15 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     # Imported late: it takes seconds, which a run that is not compiled need not spend.
     from torch._inductor.compile_fx import compile_fx
 
-    # The guards know the sizes of the inputs already.
     from lossloop._products import BiasApart
 
-    patches = {"size_asserts": False, "post_grad_custom_post_pass": BiasApart()}
+    patches = {
+        "size_asserts": False,  # the guards know the sizes of the inputs already
+        "post_grad_custom_post_pass": BiasApart(),
+        # The updates of two parameters share a few scalars. In one kernel they would
+        # keep the gradients of both waiting.
+        "score_fusion_memory_threshold": BYTES_SHARED_BY_UPDATES,
+    }
     return compile_fx(graph, inputs, config_patches=patches | options)
 
 
@@ -238,6 +245,7 @@ class Compiled:
         donate: int = 0,
         backend: str | Callable[..., Any] = "inductor",
         plan: Plan | None = None,
+        in_place: Callable[..., Any] | None = None,
     ) -> None:
         """Compiles nothing yet.
 
@@ -246,8 +254,11 @@ class Compiled:
             donate: How many of its first arguments the first results overwrite.
             backend: Of `torch.compile`.
             plan: Who decides whether to compile; None to do so in any case.
+            in_place: The function as it runs where the plan says not to compile, if it
+                may donate.
         """
         self.function = function
+        self._in_place = in_place if donate and plan is not None else None
         self._written = _donating(function, donate) if donate else function
         self._donate = donate
         self._plan = plan
@@ -290,7 +301,7 @@ class Compiled:
 
     def _eagerly(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
         with seeding():
-            return self.function(*args)
+            return (self._in_place or self.function)(*args)
 
     def _runs_eagerly(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         if shape is None:
@@ -471,7 +482,13 @@ def compiled(
         if isinstance(body, Compiled):
             raise ValueError("compile_step: this step is compiled already.")
         own_plan = None if plan is None else plan(body.function, calls)
-        return Compiled(body.function, donate=donate, backend=backend, plan=own_plan)
+        return Compiled(
+            body.function,
+            donate=donate,
+            backend=backend,
+            plan=own_plan,
+            in_place=body.in_place if isinstance(body, Eager) else None,
+        )
 
     state = 2 if donate else 0
     if isinstance(body, MicroBatches):

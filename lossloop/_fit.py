@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from lossloop._batches import (
     PaddedLast,
@@ -41,6 +42,10 @@ from lossloop._scan import CompiledFold
 from lossloop._schedule import Schedule
 from lossloop._step import EvalStep, TrainStep, init, make_eval_step, make_step
 from lossloop._types import Batch, OptState, Params, Slots
+
+# Numbers in the state of an optimizer instance, up to which it is brought up to date
+# after each epoch. Beyond, a second copy of them would take too much memory.
+LARGEST_COPIED = 1e7
 
 
 class EpochRecord(NamedTuple):
@@ -106,7 +111,9 @@ def fit(
     validation loss with the weights frozen. The module itself is changed between
     epochs only: whatever happens, it holds the weights of the last finished epoch (of
     the best one in the end), in the train or eval mode it came in. So do an optimizer
-    instance and a scheduler: after an exception, another call goes on from there.
+    instance and a scheduler: after an exception, another call goes on from there. (An
+    instance with more than ten million numbers of state is not written to before the
+    end, and then has the tensors of the result: a copy would take too much memory.)
 
     Args:
         model: The module to train.
@@ -188,7 +195,6 @@ def fit(
         )
     if pad_last:
         train, val = PaddedLast(train), None if val is None else PaddedLast(val)
-    params, opt_state = init(goal, formulas, seed=seed)
     step = make_step(
         goal,
         formulas,
@@ -196,6 +202,19 @@ def fit(
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=clip_grad_value,
     )
+    # Needs the memory of gradients, so it is done while there is no state yet.
+    batches, unused = _checked(goal, train, val, accumulate)
+    params, opt_state = init(goal, formulas, seed=seed)
+    groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
+    decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
+    if decayed & unused:
+        warnings.warn(
+            f"fit: the loss of the first batch does not depend on "
+            f"{sorted(decayed & unused)}. Their gradient is zero, so weight decay "
+            f"shrinks them, where torch.optim would leave them alone. Freeze them with "
+            f"requires_grad_(False) if they are not used.",
+            stacklevel=2,
+        )
     bar = Progress(shown=progress, epochs=epochs, batches=length(train))
     plans: list[CompilePlan] = []
 
@@ -247,10 +266,12 @@ def fit(
         bar.step(mean, opt_state.step)
         return schedule.after_step(opt_state)
 
+    held = isinstance(optimizer, torch.optim.Optimizer)
+    numbers = sum(t.numel() for t in pytree.tree_leaves(opt_state))
+    copied = held and numbers <= LARGEST_COPIED
     history, best_epoch, best = History(), None, params
     best_loss = float("inf")
     try:
-        batches = _checked(goal, params, opt_state, train, val, accumulate)
         for epoch in range(1, epochs + 1):
             bar.begin(epoch, opt_state.step)
             schedule.begin_epoch()
@@ -282,7 +303,9 @@ def fit(
             opt_state = schedule.after_epoch(
                 opt_state, train_loss if val_loss is None else val_loss
             )
-            _write_back(model, params, optimizer, opt_state)
+            load_params(model, params)
+            if copied:
+                load_opt_state(optimizer, model, opt_state)
             schedule.finish_epoch()
             for plan in plans:
                 plan.end_epoch()
@@ -297,6 +320,8 @@ def fit(
         raise
     finally:
         bar.close()
+    if held and not copied:
+        load_opt_state(optimizer, model, opt_state, copy=False)
     if restore_best and best_epoch is not None:
         params = best
         load_params(model, params)
@@ -304,14 +329,6 @@ def fit(
     if choice.compiled:
         choice = choice.with_fold(fold.why_not)
     return Result(history, params, opt_state, best_epoch, choice)
-
-
-def _write_back(
-    model: nn.Module, params: Params, optimizer: Any, opt_state: OptState
-) -> None:
-    load_params(model, params)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        load_opt_state(optimizer, model, opt_state)
 
 
 def _check_options(epochs: Any, seed: Any, compile: Any, on_epoch: Any) -> None:
@@ -348,13 +365,15 @@ def _check_padding(name: str, goal: Objective, params: Params, batch: Batch) -> 
 
 def _checked(
     goal: Objective,
-    params: Params,
-    opt_state: OptState,
     train: Iterable[Batch],
     val: Iterable[Batch] | None,
     accumulate: int,
-) -> Iterator[Batch]:
-    """The training batches, looked at before anything is trained on them."""
+) -> tuple[Iterator[Batch], set[str]]:
+    """The training batches, looked at before anything is trained on them.
+
+    And the names of the parameters that the loss of the first does not depend on.
+    """
+    params = goal.init()
     iterator = read(train)
     try:
         first = iterator.peek() if isinstance(iterator, Indexed) else next(iterator)
@@ -375,16 +394,6 @@ def _checked(
     unused = set[str].intersection(
         *(goal.without_gradient(params, look) for look in looks)
     )
-    groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
-    decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
-    if decayed & unused:
-        warnings.warn(
-            f"fit: the loss of the first batch does not depend on "
-            f"{sorted(decayed & unused)}. Their gradient is zero, so weight decay "
-            f"shrinks them, where torch.optim would leave them alone. Freeze them with "
-            f"requires_grad_(False) if they are not used.",
-            stacklevel=3,
-        )
     if reason := coupled_loss(goal, params, looks[0]):
         warnings.warn(
             f"fit: the loss of the first batch is not the sum of the losses of its "
@@ -407,5 +416,6 @@ def _checked(
         goal.check("val_loader, batch 1", params, batch, train=False)
         if isinstance(val, PaddedLast):
             _check_padding("val_loader", goal, params, batch)
-    known = isinstance(iterator, Indexed)
-    return iterator if known else itertools.chain([first], iterator)
+    if isinstance(iterator, Indexed):
+        return iterator, unused
+    return itertools.chain([first], iterator), unused

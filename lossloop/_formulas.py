@@ -34,6 +34,7 @@ class Rule(NamedTuple):
     optional: tuple[str, ...] = ("weight_decay",)  # dynamic; no term in it when zero
     decoupled: bool = False  # weight decay is, if that is not an option
     counts: bool = True  # torch keeps a step count
+    elementwise: bool = True  # an element's update depends on no other's
 
 
 # In the formulas: p parameter, g gradient, m moments, s scalars, o static options.
@@ -476,6 +477,7 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
         ("lr", "beta2_decay", "eps", "d", _decay),
         scalars=_adafactor_scalars,
         decoupled=True,
+        elementwise=False,
     ),
     torch.optim.Muon: Rule(
         _muon_moments,
@@ -484,6 +486,7 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
         ("nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"),
         decoupled=True,
         counts=False,
+        elementwise=False,
     ),
 }
 RULES[torch.optim.AdamW] = RULES[torch.optim.Adam]

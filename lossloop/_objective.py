@@ -27,6 +27,10 @@ from elsewhere than torch's default generator (Python, numpy, a generator of its
 Register what it keeps as a buffer; draw with torch.rand and the like.\
 """
 
+NOTHING_TRAINABLE = """\
+nothing is trainable: no parameter of the model has requires_grad=True. Unfreeze some
+with p.requires_grad_(True)."""
+
 NOT_DIFFERENTIABLE = """\
 torch.func, which differentiates the step, refuses something in the model or the loss.
 Give each torch.autograd.Function a setup_context, take torch.utils.checkpoint and
@@ -95,17 +99,20 @@ class Objective:
 
         Args:
             place: What to call the batch in a message, like "train_loader, batch 1".
-            params: Parameters to call the model with; copies are used.
+            params: A copy of the model's own, to call it with. What is called may write
+                there, which is then an error.
             batch: The batch; a copy is used, and no generator moves.
             train: Whether it is to be trained on, and not only evaluated.
 
         Raises:
-            ValueError: If an input or target is not finite, if the loss refuses the
-                batch, or if the model or the loss is no pure function: it writes to
-                its inputs, or gives something else when called again.
+            ValueError: If nothing is trainable, an input or target is not finite, the
+                loss refuses the batch, or the model or the loss is no pure function: it
+                writes to its inputs, or gives something else when called again.
             TypeError: If the batch or the returned pair has the wrong form, or
                 `torch.func` cannot differentiate the model.
         """
+        if train and not self.trainable:
+            raise ValueError(NOTHING_TRAINABLE)
         # A skeleton for this alone: what forward leaves on it is thrown away.
         model = skeleton(self.model, train=train)
         functional = FunctionalModel(model, self._function)
@@ -129,13 +136,14 @@ class Objective:
                 if self.loss_fn is not None:
                     with seeded(0, device_of(params)):
                         look = functools.partial(_look_at, self.loss_fn)
-                        FunctionalModel(model, look)(*_cloned((params, batch)))
-                _watched(call, model, params, batch)
+                        FunctionalModel(model, look)(params, _cloned(batch))
+                watched = functools.partial(
+                    _watched, model_params(self.model), model, params, batch
+                )
+                watched(call)
                 # The same call twice: dropout may draw otherwise under torch.func.
                 again = differentiate if train else call
-                first, second = (
-                    _watched(again, model, params, batch) for _ in range(2)
-                )
+                first, second = watched(again), watched(again)
                 for one, other in zip(first, second, strict=True):
                     # Some kernels of GPUs add in any order.
                     rtol = 0.0 if one.device.type == "cpu" else 1e-2
@@ -159,7 +167,7 @@ class Objective:
         Raises:
             ValueError: If it depends on none of them.
         """
-        leaves = {k: params[k].clone().requires_grad_() for k in self.trainable}
+        leaves = {k: params[k].detach().requires_grad_() for k in self.trainable}
         with torch.enable_grad(), seeded(0, device_of(params)):
             loss_sum, _, _ = self.train({**params, **leaves}, _cloned(batch))
             if not loss_sum.requires_grad:
@@ -175,20 +183,21 @@ class Objective:
 
 
 def _watched(
-    call: Callable[[Params, Batch], tuple[Tensor, Tensor, Params]],
+    originals: Params,
     model: nn.Module,
     params: Params,
     batch: Batch,
+    call: Callable[[Params, Batch], tuple[Tensor, Tensor, Params]],
 ) -> LossPair:
     """Calls an objective on copies, and refuses what it wrote where it must not."""
-    own_params, own_batch = _cloned((params, batch))
+    own_batch = _cloned(batch)
     constants = {
         name: (buffer, buffer.clone())
         for name, buffer in model.named_buffers()
         if not buffer.is_meta
     }
     with seeded(0, device_of(params)):
-        loss_sum, n, buffers = call(own_params, own_batch)
+        loss_sum, n, buffers = call(params, own_batch)
     for name, (buffer, before) in constants.items():
         if not _same(buffer, before):
             raise ValueError(
@@ -197,7 +206,7 @@ def _watched(
                 f"returns. Register it with persistent=True."
             )
     for name, param in params.items():
-        if not _same(param, own_params[name]):
+        if not _same(param, originals[name]):
             raise ValueError(
                 f"forward writes into the parameter {name} in place. Register tensors "
                 f"that forward is to change as buffers."

@@ -3,7 +3,8 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeGuard, cast
+from functools import partial
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -250,38 +251,117 @@ def _start_group(
     return Group(count, hyper, moments)
 
 
-def _update(
-    rule: Rule, statics: Sequence[Options], grads: Params, slots: Slots, params: Params
-) -> tuple[Params, Slots]:
-    updates: Params = {}
-    groups: list[Group] = []
-    for static, group in zip(statics, slots.groups, strict=True):
+# What is added to a parameter, and its new moments. Named, because torch.compile takes
+# no subscripts in the annotations of a function inside another.
+Change = tuple[Tensor, Params]
+
+# Elements of a parameter that are updated at a time when that is done in place: what
+# is computed on the way then stays in the cache.
+BLOCK = 2**16
+
+
+class _Update(NamedTuple):
+    """What an optimizer of torch.optim computes: `update(grads, slots, params)`."""
+
+    rule: Rule
+    statics: Sequence[Options]  # of each group
+
+    def __call__(
+        self, grads: Params, slots: Slots, params: Params
+    ) -> tuple[Params, Slots]:
+        updates: Params = {}
+        groups: list[Group] = []
+        for static, group in zip(self.statics, slots.groups, strict=True):
+            count, update = self._of_group(static, group)
+            moments: dict[str, Params] = {}
+            for name, old in group.moments.items():
+                updates[name], moments[name] = update(params[name], grads[name], old)
+            groups.append(Group(count, group.hyper, moments))
+        return updates, Slots(tuple(groups))
+
+    def in_place(
+        self, grads: Params, slots: Slots, params: Params
+    ) -> tuple[Params, Slots]:
+        """As `move_in_place`, whose caller has no more use for the gradients."""
+        moved: Params = {}
+        groups: list[Group] = []
+        for static, group in zip(self.statics, slots.groups, strict=True):
+            count, update = self._of_group(static, group)
+            moments: dict[str, Params] = {}
+            for name, old in group.moments.items():
+                param, grad = params[name], grads.pop(name)
+                if param.numel() <= BLOCK:
+                    change, moments[name] = update(param, grad, old)
+                    moved[name] = param + change
+                    continue
+                whole = [param, grad, *old.values()]
+                alike = all(t.shape == param.shape for t in whole)
+                length = max(1, BLOCK * len(param) // param.numel())
+                blocks = (
+                    zip(*(t.split(length) for t in whole), strict=True)
+                    if alike and self.rule.elementwise
+                    else [whole]
+                )
+                for own, slope, *values in blocks:
+                    kept = dict(zip(old, values, strict=True))
+                    change, new = update(own, slope, kept)
+                    own.add_(change)
+                    for key, value in kept.items():
+                        value.copy_(new[key])
+                moved[name], moments[name] = param, old
+            groups.append(Group(count, group.hyper, moments))
+        return {name: moved[name] for name in params}, Slots(tuple(groups))
+
+    def _of_group(
+        self, static: Options, group: Group
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Params], Change]]:
+        """The new count of its steps, and the formula for one of its parameters."""
         count = group.step + 1
-        scalars = rule.scalars(count, group.hyper)
+        scalars = self.rule.scalars(count, group.hyper)
         decay = group.hyper.get("weight_decay")
         shrink = None
         if decay is not None and static["decoupled_weight_decay"]:
             shrink, decay = group.hyper["lr"] * decay, None
-        moments: dict[str, dict[str, Tensor]] = {}
-        for name, old in group.moments.items():
-            param, grad = _wide(params[name]), _wide(grads[name])
+
+        def update(own: Tensor, slope: Tensor, old: Params) -> Change:
+            param, grad = _wide(own), _wide(slope)
             if static["maximize"]:
                 grad = -grad
             if decay is not None:
                 grad = grad + decay * param
-            update, new = rule.update(
+            change, new = self.rule.update(
                 param,
                 grad,
                 {key: _wide(value) for key, value in old.items()},
                 scalars,
-                {**static, "dtype": params[name].dtype},
+                {**static, "dtype": own.dtype},
             )
             if shrink is not None:
-                update = update - shrink * param
-            updates[name] = update.to(params[name].dtype)
-            moments[name] = {key: new[key].to(old[key].dtype) for key in old}
-        groups.append(Group(count, group.hyper, moments))
-    return updates, Slots(tuple(groups))
+                change = change - shrink * param
+            return change.to(own.dtype), {k: new[k].to(old[k].dtype) for k in old}
+
+        return count, update
+
+
+def move(
+    optimizer: Optimizer, grads: Params, slots: Any, params: Params
+) -> tuple[Params, Any]:
+    """The parameters after an update, and the new slots."""
+    updates, slots = optimizer.update(grads, slots, params)
+    return {name: params[name] + updates[name] for name in params}, slots
+
+
+def move_in_place(
+    optimizer: Optimizer, grads: Params, slots: Any, params: Params
+) -> tuple[Params, Any]:
+    """The same, bit for bit, in less memory.
+
+    Large tensors are written over the old ones, a block at a time, and the gradients
+    are dropped as they are used; small tensors are new.
+    """
+    update = optimizer.update
+    own = isinstance(update, _Update)
+    return (update.in_place if own else partial(move, optimizer))(grads, slots, params)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -360,7 +440,7 @@ def from_torch(optimizer: TorchLike, **hyperparameters: Any) -> Optimizer:
     def init(params: Params) -> Slots:
         return Slots((_start_group(rule, 0, options, params, {}),))
 
-    return Optimizer(init, functools.partial(_update, rule, [_static(rule, options)]))
+    return Optimizer(init, _Update(rule, [_static(rule, options)]))
 
 
 def _from_instance(optimizer: TorchOptimizer) -> Optimizer:
@@ -406,7 +486,7 @@ def _from_instance(optimizer: TorchOptimizer) -> Optimizer:
             groups.append(_start_group(rule, index, options, members, states))
         return Slots(tuple(groups))
 
-    return Optimizer(init, functools.partial(_update, rule, statics))
+    return Optimizer(init, _Update(rule, statics))
 
 
 def _takes(function: Callable[..., Any]) -> set[str]:
@@ -467,11 +547,15 @@ def as_optimizer(value: object) -> Optimizer:
 
 
 def load_opt_state(
-    optimizer: TorchOptimizer, model: nn.Module, opt_state: OptState
+    optimizer: TorchOptimizer,
+    model: nn.Module,
+    opt_state: OptState,
+    *,
+    copy: bool = True,
 ) -> None:
     """Writes an optimizer state back into a torch optimizer, to go on without lossloop.
 
-    Moments, step counts and hyper-parameters (the rates at this moment) are copied, in
+    Moments, step counts and hyper-parameters (the rates at this moment) are written in
     torch's own format. The parameters themselves are written by `load_params`.
 
     Args:
@@ -479,6 +563,8 @@ def load_opt_state(
             state has; of the class that the state was made with.
         model: The model; its parameter names are those of the state.
         opt_state: What a step returned.
+        copy: Whether the moments are copied. If not, both have the same tensors, and
+            the next step of the one writes into the other.
 
     Raises:
         TypeError: If the state is not of one of lossloop's own formulas.
@@ -514,7 +600,8 @@ def load_opt_state(
                     f"the state has {name!r} in param group {index}, where "
                     f"{type(optimizer).__name__} has no such parameter of the model"
                 )
-            expected = rule.moments(params[name].detach(), group.hyper, static)
+            shape = torch.empty_like(params[name], device="meta")
+            expected = rule.moments(shape, group.hyper, static)
             if moments.keys() != expected.keys():
                 raise ValueError(
                     f"the state of {name!r} has the moments {sorted(moments)}, and "
@@ -528,9 +615,10 @@ def load_opt_state(
         for name, moments in group.moments.items():
             optimizer.state.pop(params[name], None)
             if group.step.item():
-                saved = _torch_state(rule, options, params[name], group.step, moments)
+                param = params[name]
+                saved = _torch_state(rule, options, param, group.step, moments, copy)
                 if saved:
-                    optimizer.state[params[name]] = saved
+                    optimizer.state[param] = saved
 
 
 def _write_hyper(rule: Rule, options: Options, hyper: dict[str, Tensor]) -> None:
@@ -552,7 +640,12 @@ def _write_hyper(rule: Rule, options: Options, hyper: dict[str, Tensor]) -> None
 
 
 def _torch_state(
-    rule: Rule, options: Options, param: Tensor, count: Tensor, moments: Params
+    rule: Rule,
+    options: Options,
+    param: Tensor,
+    count: Tensor,
+    moments: Params,
+    copy: bool,  # noqa: FBT001
 ) -> Options:
     """The state of one parameter as its torch optimizer keeps it."""
     wide = torch.get_default_dtype() == torch.float64 and not options.get("fused")
@@ -562,7 +655,7 @@ def _torch_state(
     state: Options = {
         name: value.detach().to(device, dtype, copy=True)
         if name in NUMBERS
-        else value.detach().clone()
+        else value.detach().to(copy=copy)
         for name, value in moments.items()
     }
     return (

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ SECONDS_SAVED_PER_ELEMENT = {"cpu": 5e-10, "cuda": 1e-11}
 SECONDS_TO_COMPILE = 10.0
 SECONDS_TO_COMPILE_PER_OPERATOR = 0.05
 FEWEST_STEPS = 100  # below, the cost is not even counted
+LARGEST_COUNTED_WITH_DATA = 1e6
 # In one call with others, a step writes its new state to new memory: beyond this number
 # of elements that costs more than the call.
 LARGEST_FOLDED_STEP = 1e7
@@ -76,6 +77,8 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # the device of a tensor without data
+            return result
         self.operators += 1
         if not func.is_view:
             tensors = (t for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
@@ -84,11 +87,23 @@ class _Counter(TorchDispatchMode):
 
 
 def count_cost(function: Callable[..., Any], args: tuple[Any, ...]) -> Cost:
-    """Counts what a pure function does by calling it once."""
-    counter = _Counter()
+    """Counts what a pure function does by calling it once.
+
+    That of a large state on tensors without data, which takes no memory, but seconds to
+    import.
+    """
     tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    if sum(t.numel() for t in tensors) > LARGEST_COUNTED_WITH_DATA:
+        with suppress(Exception):  # it may read a value
+            from torch._subclasses.fake_tensor import FakeTensorMode
+
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            without_data = pytree.tree_map_only(Tensor, fake.from_tensor, args)
+            with fake, torch.no_grad(), _Counter() as counter:
+                function(*without_data)
+            return Cost(counter.operators, counter.elements)
     cuda = [t.device for t in tensors if t.is_cuda][:1]
-    with torch.random.fork_rng(cuda), torch.no_grad(), counter:
+    with torch.random.fork_rng(cuda), torch.no_grad(), _Counter() as counter:
         function(*args)
     return Cost(counter.operators, counter.elements)
 

@@ -12,8 +12,13 @@ from torch.utils import _pytree as pytree
 
 from lossloop._batches import split
 from lossloop._model import device_of
-from lossloop._objective import FunctionObjective, Objective, as_objective
-from lossloop._optimizers import as_optimizer
+from lossloop._objective import (
+    NOTHING_TRAINABLE,
+    FunctionObjective,
+    Objective,
+    as_objective,
+)
+from lossloop._optimizers import as_optimizer, move, move_in_place
 from lossloop._random import mix, seeded
 from lossloop._types import Batch, LossPair, OptState, Params, Slots
 
@@ -44,6 +49,7 @@ class Eager(NamedTuple):
     """The tensor part of a step, run as it is."""
 
     function: Callable[..., Any]
+    in_place: Callable[..., Any] | None = None  # the same, may overwrite the state
 
     def __call__(self, seeding: Seeding, *args: Any) -> Any:
         """Calls the function with its random numbers seeded."""
@@ -191,10 +197,7 @@ def init(
         start = {name: t.detach().clone() for name, t in params.items()}
         own = {name: t for name, t in start.items() if t.is_floating_point()}
     if not own:
-        raise ValueError(
-            "init: nothing is trainable: no parameter of the model has "
-            "requires_grad=True. Unfreeze some with p.requires_grad_(True)."
-        )
+        raise ValueError(f"init: {NOTHING_TRAINABLE}")
     # An optimizer of one's own may keep a parameter, or what was computed from it.
     slots = pytree.tree_map_only(
         Tensor, Tensor.detach, as_optimizer(optimizer).init(own)
@@ -261,7 +264,7 @@ def make_step(
         (1, 4)
     """
     goal = as_objective(objective)
-    update = as_optimizer(optimizer).update
+    formulas = as_optimizer(optimizer)
     _check_options(
         accumulate, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
     )
@@ -274,23 +277,27 @@ def make_step(
 
     gradient = _gradient_of(batch_mean)
 
-    def descend(params: Params, slots: Any, grads: Params) -> tuple[Params, Any]:
+    def descend(
+        params: Params, slots: Any, grads: Params, *, in_place: bool
+    ) -> tuple[Params, Any]:
         if clip_grad_value is not None:
-            bound = clip_grad_value
-            grads = {name: g.clamp(-bound, bound) for name, g in grads.items()}
+            bound, clamp = clip_grad_value, Tensor.clamp_ if in_place else Tensor.clamp
+            grads = {name: clamp(g, -bound, bound) for name, g in grads.items()}
         if clip_grad_norm is not None:
-            grads = _scale_to_norm(grads, clip_grad_norm)
+            scale = _scale(grads, clip_grad_norm)
+            times = Tensor.mul_ if in_place else Tensor.mul
+            grads = {name: times(g, scale.to(g.dtype)) for name, g in grads.items()}
         trained = {name: params[name] for name in grads}
-        updates, slots = update(grads, slots, trained)
-        moved = {name: trained[name] + updates[name] for name in trained}
+        moving = move_in_place if in_place else move
+        moved, slots = moving(formulas, grads, slots, trained)
         return {**params, **moved}, slots
 
     def whole(
-        params: Params, slots: Any, batch: Batch
+        params: Params, slots: Any, batch: Batch, *, in_place: bool = False
     ) -> tuple[Params, Any, Tensor, Tensor]:
         trained = {name: params[name] for name in _trained(goal, params, slots)}
         grads, (loss_sum, n, buffers) = gradient(trained, params, batch)
-        params, slots = descend({**params, **buffers}, slots, grads)
+        params, slots = descend({**params, **buffers}, slots, grads, in_place=in_place)
         return params, slots, loss_sum, n
 
     def start(params: Params, slots: Any) -> Params:
@@ -310,18 +317,23 @@ def make_step(
         return sums, buffers, loss_sum, n
 
     def finish(
-        params: Params, slots: Any, total: tuple[Params, Tensor, Params]
+        params: Params,
+        slots: Any,
+        total: tuple[Params, Tensor, Params],
+        *,
+        in_place: bool = False,
     ) -> tuple[Params, Any]:
         sums, n, buffers = total
         grads = {
             name: (t / _divisor(n).to(t.dtype)).to(params[name].dtype)
             for name, t in sums.items()
         }
-        return descend({**params, **buffers}, slots, grads)
+        return descend({**params, **buffers}, slots, grads, in_place=in_place)
 
     if accumulate == 1:
-        return TrainStep(Eager(whole))
-    return TrainStep(MicroBatches(Eager(add), Eager(finish), start, int(accumulate)))
+        return TrainStep(Eager(whole, partial(whole, in_place=True)))
+    update = Eager(finish, partial(finish, in_place=True))
+    return TrainStep(MicroBatches(Eager(add), update, start, int(accumulate)))
 
 
 def make_eval_step(
@@ -412,9 +424,8 @@ def _trained(
     return [name for name in params if name in names]
 
 
-def _scale_to_norm(grads: Params, bound: float) -> Params:
-    """`torch.nn.utils.clip_grad_norm_`, pure."""
+def _scale(grads: Params, bound: float) -> Tensor:
+    """By which `torch.nn.utils.clip_grad_norm_` multiplies."""
     norms = [torch.linalg.vector_norm(g) for g in grads.values()]
     norm = torch.linalg.vector_norm(torch.stack(norms))
-    scale = (bound / (norm + 1e-6)).clamp(max=1.0)
-    return {name: g * scale.to(g.dtype) for name, g in grads.items()}
+    return (bound / (norm + 1e-6)).clamp(max=1.0)

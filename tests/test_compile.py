@@ -304,6 +304,31 @@ def test_counting_leaves_generators_alone_and_repeats():
     assert 8 * activations < cost.elements < 40 * activations
 
 
+@pytest.mark.parametrize("case", ["conv_net", "encoder"])
+def test_a_large_step_is_counted_without_data(case, monkeypatch):
+    monkeypatch.setattr("lossloop._plan.LARGEST_COUNTED_WITH_DATA", 10)
+    goal = ll.supervised(CASES[case].model(), CASES[case].loss)
+    params, opt_state = ll.init(goal, torch.optim.Adam)
+    body = ll.make_step(goal, torch.optim.Adam).body.function
+    args = params, opt_state.slots, CASES[case].batch()
+    called = []
+
+    def seen(*args):
+        called.append(type(next(iter(args[0].values()))))
+        return body(*args)
+
+    cost = count_cost(seen, args)
+    monkeypatch.undo()
+    assert cost == count_cost(seen, args)
+    assert [kind.__name__ for kind in called] == ["FakeTensor", "Tensor"]
+
+
+def test_a_large_step_that_reads_a_value_is_counted_with_data(monkeypatch):
+    monkeypatch.setattr("lossloop._plan.LARGEST_COUNTED_WITH_DATA", 10)
+    cost = count_cost(lambda x: x * x.sum().item(), (torch.ones(20),))
+    assert cost.operators == 3
+
+
 def test_the_choice_is_made_once_and_kept():
     plan, args = plan_of("auto", 200, 2)
     for _ in range(200):

@@ -1172,6 +1172,46 @@ def test_after_an_interruption_everything_is_at_the_last_finished_epoch(by):
     )
 
 
+def test_a_large_state_is_handed_over_at_the_end_alone(monkeypatch):
+    monkeypatch.setattr("lossloop._fit.LARGEST_COPIED", 10)
+    model = mlp_on_digits()
+    optimizer = torch.optim.Adam(model.parameters())
+    batches = list(loaders()[0])
+
+    def interrupt(record):
+        if record.row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    fit = functools.partial(quiet, model, nn.CrossEntropyLoss(), optimizer, batches)
+    with pytest.raises(KeyboardInterrupt):
+        fit(epochs=3, on_epoch=interrupt)
+    assert not optimizer.state
+    result = fit(epochs=3)
+    for name, param in model.named_parameters():
+        held = optimizer.state[param]
+        assert held["step"] == 3 * len(batches)
+        moments = result.opt_state.slots.groups[0].moments[name]
+        assert held["exp_avg"].data_ptr() == moments["exp_avg"].data_ptr()
+    assert int(fit(epochs=1).opt_state.step) == 4 * len(batches)
+
+
+def test_eager_steps_of_large_parameters_are_made_in_place(monkeypatch):
+    def trained(**options):
+        model = mlp_on_digits()
+        adam = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+        batches = list(loaders()[0])
+        return quiet(model, nn.CrossEntropyLoss(), adam, batches, epochs=2, **options)
+
+    for options in ({}, {"clip_grad_norm": 0.1, "clip_grad_value": 0.02}):
+        whole = trained(**options)
+        micro = trained(accumulate=2, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr("lossloop._optimizers.BLOCK", 100)
+            again, micro_again = trained(**options), trained(accumulate=2, **options)
+        for one, other in ((whole, again), (micro, micro_again)):
+            assert all(torch.equal(t, other.params[k]) for k, t in one.params.items())
+
+
 def test_a_result_is_shown_without_its_weights():
     result = quiet(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)], epochs=1)
     shown = repr(result)

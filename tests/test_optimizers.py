@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lossloop.optim
+from lossloop import _optimizers
 from lossloop._formulas import RULES
 from lossloop._optimizers import (
     as_optimizer,
@@ -18,6 +19,8 @@ from lossloop._optimizers import (
     from_torch,
     host_hyper,
     load_opt_state,
+    move,
+    move_in_place,
 )
 from lossloop._types import Optimizer, OptState, Params, Slots
 
@@ -804,3 +807,55 @@ def test_powers_do_not_cancel():
             ours = _one_minus_power(torch.tensor(base), torch.tensor(exponent)).item()
             exact = -math.expm1(exponent * math.log(base)) if base else 1.0
             assert math.isclose(ours, exact, rel_tol=1e-14)
+
+
+@every_case
+def test_a_move_in_place_is_the_same_bit_for_bit(case, monkeypatch):
+    kind, options = case
+    monkeypatch.setattr(_optimizers, "BLOCK", 7)
+    model = Model(kind)
+    optimizer = from_torch(kind(model.groups(kind, options), **options))
+    pure = {name: p.detach().clone() for name, p in model.named_parameters()}
+    slots = optimizer.init(dict(model.named_parameters()))
+    ours, own_slots = tree_map(torch.clone, (pure, slots))
+    large = [name for name, p in ours.items() if p.numel() > 7]
+    assert large
+    held = {name: ours[name] for name in large}
+    for seed in range(3):
+        grads = dict(Model(kind, seed=seed + 1).named_parameters())
+        grads = {name: grad.detach() for name, grad in grads.items()}
+        pure, slots = move(optimizer, grads, slots, pure)
+        ours, own_slots = move_in_place(optimizer, grads, own_slots, ours)
+        assert not grads
+        for one, other in zip(
+            tree_leaves((pure, slots)),
+            tree_leaves((ours, own_slots)),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+    assert all(ours[name] is held[name] for name in large)
+
+
+def test_a_move_in_place_with_formulas_of_ones_own():
+    optimizer = Optimizer(
+        lambda params: (),
+        lambda grads, slots, params: ({k: -g for k, g in grads.items()}, slots),
+    )
+    params, grads = {"w": torch.ones(3)}, {"w": torch.full((3,), 0.25)}
+    moved, _ = move_in_place(optimizer, grads, (), params)
+    assert moved["w"].tolist() == [0.75] * 3
+
+
+def test_a_state_can_be_handed_over_without_a_copy():
+    model = Model(O.Adam)
+    adam = O.Adam(model.parameters())
+    optimizer, params = from_torch(adam), detached(model)
+    slots = optimizer.init(dict(model.named_parameters()))
+    _, slots = move(optimizer, params, slots, params)
+    opt_state = OptState(slots, torch.tensor(1), torch.tensor(0))
+    load_opt_state(adam, model, opt_state, copy=False)
+    for name, param in model.named_parameters():
+        for moment, value in slots.groups[0].moments[name].items():
+            assert adam.state[param][moment].data_ptr() == value.data_ptr()
+    assert adam.state[param]["step"] == 1
+    assert adam.state[param]["step"].data_ptr() != slots.groups[0].step.data_ptr()
