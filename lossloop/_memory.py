@@ -46,8 +46,7 @@ class Indexed(Iterator[Batch]):
         return self.take(next(self._orders))
 
     def take(self, order: Tensor) -> Batch:
-        """The samples with these indices."""
-        order = order.to(self.tensors[0].device)
+        """The samples with these indices, which are where the samples are."""
         return [tensor.index_select(0, order) for tensor in self.tensors]
 
     def move(self, device: torch.device) -> None:
@@ -57,6 +56,7 @@ class Indexed(Iterator[Batch]):
         size = sum(tensor.nbytes for tensor in self.tensors)
         if size <= torch.cuda.mem_get_info(device)[0] // 2:
             self.tensors = [tensor.to(device) for tensor in self.tensors]
+            self._orders = (order.to(device) for order in self._orders)
 
     def peek(self) -> Batch:
         """The next batch, which stays the next.
@@ -96,10 +96,7 @@ def read(batches: Iterable[Batch]) -> Iterator[Batch]:
     if found is None:
         return iter(batches)
     tensors, rows = found
-    size = len(tensors[0] if rows is None else rows)
-    orders, ahead = _orders(batches.batch_sampler, size)
-    if rows is not None:
-        orders = (rows[order] for order in orders)
+    orders, ahead = _orders(batches.batch_sampler, len(tensors[0]), rows)
     # What a loader draws at the start of each pass, for workers that are not there.
     torch.empty((), dtype=torch.int64).random_(generator=batches.generator)
     return Indexed(tensors, orders, ahead=ahead)
@@ -122,7 +119,7 @@ def _tensors(dataset: Any) -> tuple[Sequence[Tensor], Tensor | None] | None:
             return None
         tensors, rows = found
         own = _index(dataset.indices, len(tensors[0] if rows is None else rows))
-        return tensors, own if rows is None else rows[own]
+        return tensors, own if rows is None else rows.index_select(0, own)
     if type(dataset) is not TensorDataset:
         return None
     plain = all(
@@ -141,18 +138,23 @@ def _index(indices: Iterable[int], size: int) -> Tensor:
     return torch.from_numpy(np.where(index < 0, index + size, index))
 
 
-def _orders(batch_sampler: Any, size: int) -> tuple[Iterator[Tensor], bool]:
-    """The indices of each batch, and whether they are fixed from the start."""
+def _orders(
+    batch_sampler: Any, size: int, rows: Tensor | None
+) -> tuple[Iterator[Tensor], bool]:
+    """The rows of each batch, and whether they are fixed from the start."""
+
+    def chosen(indices: Iterable[int]) -> Tensor:
+        if rows is None:
+            return _index(indices, size)
+        return rows.index_select(0, _index(indices, len(rows)))
+
+    def cut() -> Iterator[Tensor]:
+        # A generator, because samplers draw when the first batch is asked for.
+        orders = chosen(sampler).split(batch_sampler.batch_size)
+        odd = orders and len(orders[-1]) < batch_sampler.batch_size
+        yield from orders[:-1] if odd and batch_sampler.drop_last else orders
+
     sampler: Any = getattr(batch_sampler, "sampler", None)
     if type(batch_sampler) is BatchSampler and type(sampler) in _FIXED:
-        return _cut(sampler, batch_sampler, size), True
-    return (_index(indices, size) for indices in batch_sampler), False
-
-
-def _cut(
-    sampler: Iterable[int], batch_sampler: BatchSampler, size: int
-) -> Iterator[Tensor]:
-    # A generator, because samplers draw when the first batch is asked for.
-    for order in _index(sampler, size).split(batch_sampler.batch_size):
-        if len(order) == batch_sampler.batch_size or not batch_sampler.drop_last:
-            yield order
+        return cut(), True
+    return map(chosen, batch_sampler), False
