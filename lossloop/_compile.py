@@ -138,9 +138,11 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     # Imported late: it takes seconds, which a run that is not compiled need not spend.
     from torch._inductor.compile_fx import compile_fx
 
+    from lossloop._isa import vector_options
     from lossloop._products import BiasApart
 
     patches = {
+        **vector_options(),
         "size_asserts": False,  # the guards know the sizes of the inputs already
         "post_grad_custom_post_pass": BiasApart(),
         # The updates of two parameters share a few scalars. In one kernel they would

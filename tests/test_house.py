@@ -19,7 +19,7 @@ FLOORS = [
     {"_losses", "_optimizers", "_batches", "_progress"},
     {"_objective", "optim", "_schedule"},
     {"_step", "_fold", "_coupling"},
-    {"_products"},
+    {"_products", "_isa"},
     {"_compile", "_plan"},
     {"_scan"},
     {"_fit"},

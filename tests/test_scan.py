@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import CASES, mlp
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.utils.data import (
     DataLoader,
     Sampler,
@@ -344,3 +345,38 @@ def test_what_does_not_compile_as_a_loop_is_compiled_as_a_step(monkeypatch):
     assert "no loops here" in result.compiled.reason
     plain = trained(compile=False)
     torch.testing.assert_close(result.params, plain.params)
+
+
+class Times(nn.Module):
+    """A graph that differs from others of its kind in a number inside the loop."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x) * self.factor
+
+
+@pytest.mark.slow
+def test_a_compiled_loop_is_kept_in_the_cache_by_all_that_is_in_it():
+    draw = torch.Generator().manual_seed(0)
+    data = TensorDataset(
+        torch.randn(24, 4, generator=draw), torch.randint(0, 2, (24,), generator=draw)
+    )
+    hits = []
+    for factor in (1.5, 2.5, 1.5):
+        torch.manual_seed(0)
+        goal = ll.supervised(Times(factor), nn.CrossEntropyLoss())
+        step = ll.make_step(goal, torch.optim.SGD)
+        before = counters["inductor"]["fxgraph_cache_hit"]
+        fold = ll.compile_fold(step)
+        _, _, mean = fold(*ll.init(goal, torch.optim.SGD), DataLoader(data, 8))
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] - before)
+        _, _, expected = ll.fold(
+            step, *ll.init(goal, torch.optim.SGD), DataLoader(data, 8)
+        )
+        assert fold.why_not is None
+        assert mean.value() == pytest.approx(expected.value(), rel=1e-6)
+    assert hits[-1] == 1
