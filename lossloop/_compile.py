@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any, Protocol, overload
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
         options: Of `torch._inductor.config`, besides ours.
     """
     # Imported late: it takes seconds, which a run that is not compiled need not spend.
+    from torch._higher_order_ops.while_loop import while_loop_op
     from torch._inductor.compile_fx import compile_fx
 
     from lossloop._isa import vector_options
@@ -149,7 +151,10 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
         # keep the gradients of both waiting.
         "score_fusion_memory_threshold": BYTES_SHARED_BY_UPDATES,
     }
-    return compile_fx(graph, inputs, config_patches=patches | options)
+    # An operator with graphs of its own has to say that it may be kept in the cache,
+    # which that of the loop does not do yet. What is kept goes by the text of them all.
+    with patch.object(while_loop_op, "_cacheable", new=True, create=True):
+        return compile_fx(graph, inputs, config_patches=patches | options)
 
 
 def graphs_compiled() -> int:

@@ -4,11 +4,10 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.while_loop import while_loop, while_loop_op
+from torch._higher_order_ops import while_loop  # pyright: ignore[reportPrivateImportUsage]
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
@@ -43,16 +42,6 @@ OnStep = Callable[[OptState, Mean], OptState]
 
 class CannotScanError(Exception):
     """Why steps are made one by one."""
-
-
-def _inductor(graph: Any, inputs: Any, **options: Any) -> Any:
-    """Inductor, which keeps a graph with a loop in its cache too.
-
-    It would not: operators with graphs of their own have to say that they may be kept,
-    which that of the loop does not do yet. What is kept goes by the text of all graphs.
-    """
-    with patch.object(while_loop_op, "_cacheable", new=True, create=True):
-        return inductor(graph, inputs, **options)
 
 
 class Scan:
@@ -100,8 +89,6 @@ class Scan:
             known.add(id(result))
         self._function = function
         self._orders = torch.zeros(LENGTH, self._size, dtype=torch.int64)
-        if backend == "inductor":
-            backend = _inductor
         self._graph = Graph(self._run, backend, announced)
 
     def takes(self, orders: Tensor) -> bool:
@@ -255,7 +242,7 @@ class CompiledFold:
             raise CannotScanError("a call is no cost beside such a step")
         backend = self._backend
         if backend == "inductor" and plan.worth_fast_calls() and _CALLS_IN_CPP:
-            backend = functools.partial(_inductor, cpp_wrapper=True)
+            backend = functools.partial(inductor, cpp_wrapper=True)
         return Scan(function, args, backend, plan.compiling)
 
     def _several(
