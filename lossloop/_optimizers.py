@@ -593,6 +593,7 @@ def load_opt_state(
         options: Options = optimizer.param_groups[index]
         static = _static(rule, options)
         members = {id(param) for param in cast(list[Tensor], options["params"])}
+        known: dict[int, set[str]] = {}
         # Everything is looked at before anything is written.
         for name, moments in group.moments.items():
             if name not in params or id(params[name]) not in members:
@@ -600,9 +601,8 @@ def load_opt_state(
                     f"the state has {name!r} in param group {index}, where "
                     f"{type(optimizer).__name__} has no such parameter of the model"
                 )
-            shape = torch.empty_like(params[name], device="meta")
-            expected = rule.moments(shape, group.hyper, static)
-            if moments.keys() != expected.keys():
+            expected = _moment_names(rule, params[name], group.hyper, static, known)
+            if moments.keys() != expected:
                 raise ValueError(
                     f"the state of {name!r} has the moments {sorted(moments)}, and "
                     f"{type(optimizer).__name__} with these options has "
@@ -621,6 +621,20 @@ def load_opt_state(
                     optimizer.state[param] = saved
 
 
+def _moment_names(
+    rule: Rule,
+    param: Tensor,
+    hyper: dict[str, Tensor],
+    static: Options,
+    known: dict[int, set[str]],
+) -> set[str]:
+    """Those of a parameter, which depend on how many dimensions it has."""
+    if param.ndim not in known:
+        empty = param.detach()[:0] if param.ndim else param.detach()
+        known[param.ndim] = set(rule.moments(empty, hyper, static))
+    return known[param.ndim]
+
+
 def _write_hyper(rule: Rule, options: Options, hyper: dict[str, Tensor]) -> None:
     def written(name: str, old: Any) -> Any:
         if name not in hyper:  # switched off, or left to torch (eps1)
@@ -629,9 +643,9 @@ def _write_hyper(rule: Rule, options: Options, hyper: dict[str, Tensor]) -> None
         if isinstance(old, Tensor):  # the user's own, perhaps shared with a schedule
             with torch.no_grad():
                 return old.copy_(value)
+        now = value.item()
         # Where the device has no float64, an unchanged value must not lose digits.
-        unchanged = torch.full_like(value, old) == value
-        return old if unchanged else value.item()
+        return old if now == old or torch.full_like(value, old) == value else now
 
     for option in rule.dynamic:
         old = options[option]
