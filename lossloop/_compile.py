@@ -37,6 +37,9 @@ torch._dynamo.config.allow_rnn = True to have it unroll them (slow to compile), 
 train eagerly.
 """
 
+# With up to so many numbers in its inputs, a graph may update several parameters in one
+# kernel, which is faster; with more, that takes too much memory.
+LARGEST_FUSED = 1e7
 BYTES_SHARED_BY_UPDATES = 64
 
 # Guards are checked before every call, at up to a third of a small step's time. Those
@@ -147,10 +150,11 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
         **vector_options(),
         "size_asserts": False,  # the guards know the sizes of the inputs already
         "post_grad_custom_post_pass": BiasApart(),
+    }
+    if sum(t.numel() for t in inputs if isinstance(t, Tensor)) > LARGEST_FUSED:
         # The updates of two parameters share a few scalars. In one kernel they would
         # keep the gradients of both waiting.
-        "score_fusion_memory_threshold": BYTES_SHARED_BY_UPDATES,
-    }
+        patches["score_fusion_memory_threshold"] = BYTES_SHARED_BY_UPDATES
     # An operator with graphs of its own has to say that it may be kept in the cache,
     # which that of the loop does not do yet. What is kept goes by the text of them all.
     with patch.object(while_loop_op, "_cacheable", new=True, create=True):

@@ -35,7 +35,7 @@ from lossloop._mean import Mean
 from lossloop._memory import Indexed, read
 from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
-from lossloop._optimizers import as_optimizer, load_opt_state
+from lossloop._optimizers import as_optimizer, load_opt_state, refresh_opt_state
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
 from lossloop._progress import Progress
 from lossloop._scan import CompiledFold
@@ -305,7 +305,8 @@ def fit(
             )
             load_params(model, params)
             if copied:
-                load_opt_state(optimizer, model, opt_state)
+                update = load_opt_state if epoch == 1 else refresh_opt_state
+                update(optimizer, model, opt_state)
             schedule.finish_epoch()
             for plan in plans:
                 plan.end_epoch()

@@ -621,6 +621,30 @@ def load_opt_state(
                     optimizer.state[param] = saved
 
 
+def refresh_opt_state(
+    optimizer: TorchOptimizer, model: nn.Module, opt_state: OptState
+) -> None:
+    """Writes moments and counts again where `load_opt_state` wrote them, in place.
+
+    Hyper-parameters are left alone: in a run the groups say what they are.
+    """
+    params = dict(model.named_parameters(remove_duplicate=False))
+    groups = cast(Slots, opt_state.slots).groups
+    held: list[tuple[Options, Group, Params]] = [
+        (optimizer.state.get(params[name], {}), group, moments)
+        for group in groups
+        for name, moments in group.moments.items()
+    ]
+    if any(not state.keys() >= moments.keys() for state, _, moments in held):
+        load_opt_state(optimizer, model, opt_state)
+        return
+    for state, group, moments in held:
+        for name, value in moments.items():
+            state[name].copy_(value)
+        if "step" in state:
+            state["step"].copy_(group.step)
+
+
 def _moment_names(
     rule: Rule,
     param: Tensor,

@@ -491,3 +491,22 @@ def test_the_bias_is_taken_out_of_a_product():
     graph.recompile()
     assert graph.code.count("addmm.default(") == 1
     torch.testing.assert_close(graph(a, b, bias), expected)
+
+
+@pytest.mark.parametrize(("largest", "together"), [(1e7, True), (10, False)])
+def test_only_a_small_step_updates_several_parameters_in_one_kernel(
+    monkeypatch, largest, together
+):
+    patches = {}
+
+    def compile_fx(graph, inputs, config_patches):
+        patches.update(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("lossloop._compile.LARGEST_FUSED", largest)
+    goal = ll.supervised(CASES["mlp"].model(), CASES["mlp"].loss)
+    step = ll.compile_step(ll.make_step(goal, torch.optim.Adam))
+    step(*ll.init(goal, torch.optim.Adam), CASES["mlp"].batch())
+    assert patches
+    assert together == ("score_fusion_memory_threshold" not in patches)

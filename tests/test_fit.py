@@ -1195,6 +1195,30 @@ def test_a_large_state_is_handed_over_at_the_end_alone(monkeypatch):
     assert int(fit(epochs=1).opt_state.step) == 4 * len(batches)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.NAdam, torch.optim.SGD])
+def test_between_epochs_an_optimizer_is_up_to_date(kind):
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    model = mlp_on_digits()
+    optimizer = kind(model.parameters(), lr=0.01, **options)
+    batches = list(loaders()[0])
+
+    def look(record):
+        group = record.opt_state.slots.groups[0]
+        for name, param in model.named_parameters():
+            held = optimizer.state[param]
+            assert held.get("step", group.step) == group.step
+            for moment, value in group.moments[name].items():
+                torch.testing.assert_close(held[moment].to(value), value)
+        assert torch.equal(param, record.params[name])
+        if record.row["epoch"] == 2:
+            optimizer.state.clear()
+
+    result = quiet(
+        model, nn.CrossEntropyLoss(), optimizer, batches, epochs=4, on_epoch=look
+    )
+    assert int(result.opt_state.step) == 4 * len(batches)
+
+
 def test_eager_steps_of_large_parameters_are_made_in_place(monkeypatch):
     def trained(**options):
         model = mlp_on_digits()
