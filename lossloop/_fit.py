@@ -266,9 +266,9 @@ def fit(
         bar.step(mean, opt_state.step)
         return schedule.after_step(opt_state)
 
-    held = isinstance(optimizer, torch.optim.Optimizer)
+    instance = isinstance(optimizer, torch.optim.Optimizer)
     numbers = sum(t.numel() for t in pytree.tree_leaves(opt_state))
-    copied = held and numbers <= LARGEST_COPIED
+    copied = instance and numbers <= LARGEST_COPIED
     history, best_epoch, best = History(), None, params
     best_loss = float("inf")
     try:
@@ -321,7 +321,7 @@ def fit(
         raise
     finally:
         bar.close()
-    if held and not copied:
+    if instance and not copied:
         load_opt_state(optimizer, model, opt_state, copy=False)
     if restore_best and best_epoch is not None:
         params = best

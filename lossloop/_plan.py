@@ -20,7 +20,7 @@ SECONDS_SAVED_PER_ELEMENT = {"cpu": 5e-10, "cuda": 1e-11}
 SECONDS_TO_COMPILE = 10.0
 SECONDS_TO_COMPILE_PER_OPERATOR = 0.05
 FEWEST_STEPS = 100  # below, the cost is not even counted
-LARGEST_COUNTED_WITH_DATA = 1e6
+LARGEST_COUNTED_WITH_DATA = 1e6  # numbers in the arguments
 # In one call with others, a step writes its new state to new memory: beyond this number
 # of elements that costs more than the call.
 LARGEST_FOLDED_STEP = 1e7
