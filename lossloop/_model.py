@@ -65,9 +65,13 @@ def load_params(model: nn.Module, params: Params) -> None:
                 f"load_params: params[{name!r}] has shape {tuple(params[name].shape)}, "
                 f"the module's has {tuple(tensor.shape)}."
             )
+    copy_tensors([*own.values()], [params[name] for name in own])
+
+
+def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies each source into its target, all in one call."""
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(params[name])
+        torch._foreach_copy_(targets, sources)  # pyright: ignore
 
 
 def check_functional(where: str, model: nn.Module) -> None:

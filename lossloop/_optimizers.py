@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lossloop._formulas import NUMBERS, RULES, Rule
+from lossloop._model import copy_tensors
 from lossloop._types import (
     Group,
     Optimizer,
@@ -638,11 +639,14 @@ def refresh_opt_state(
     if any(not state.keys() >= moments.keys() for state, _, moments in held):
         load_opt_state(optimizer, model, opt_state)
         return
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
     for state, group, moments in held:
-        for name, value in moments.items():
-            state[name].copy_(value)
-        if "step" in state:
-            state["step"].copy_(group.step)
+        counts = {"step": group.step} if "step" in state else {}
+        for name, value in (moments | counts).items():
+            targets.append(state[name])
+            sources.append(value)
+    copy_tensors(targets, sources)
 
 
 def _moment_names(
