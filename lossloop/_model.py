@@ -70,6 +70,8 @@ def load_params(model: nn.Module, params: Params) -> None:
 
 def copy_tensors(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies each source into its target, all in one call."""
+    if not targets:  # which torch refuses
+        return
     with torch.no_grad():
         torch._foreach_copy_(targets, sources)  # pyright: ignore
 
