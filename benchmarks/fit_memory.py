@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
 from lossloop._machine import machine
+from lossloop._works import tutorial_loop
 
 WAYS = ("by hand", "fit, eager", "fit, compiled")
 WIDTH, BATCH, BATCHES, EPOCHS = 4096, 64, 3, 2
@@ -38,14 +39,14 @@ def train(way: str) -> tuple[int, list[float]]:
     )
     size = BATCH * BATCHES
     data = TensorDataset(torch.randn(size, 64), torch.randint(0, 10, (size,)))
-    loader, loss_fn = DataLoader(data, BATCH), nn.CrossEntropyLoss()
+    loader = DataLoader(data, BATCH)
     adam = torch.optim.Adam(model.parameters(), lr=1e-5)
     count = sum(p.numel() for p in model.parameters())
     if way != "by hand":
         compiled = way == "fit, compiled"
         result = ll.fit(
             model,
-            loss_fn,
+            nn.CrossEntropyLoss(),
             adam,
             loader,
             epochs=EPOCHS,
@@ -53,17 +54,7 @@ def train(way: str) -> tuple[int, list[float]]:
             progress=False,
         )
         return count, result.history["train_loss"]
-    losses: list[float] = []
-    for _ in range(EPOCHS):
-        total = 0.0
-        for inputs, targets in loader:
-            adam.zero_grad()
-            loss = loss_fn(model(inputs), targets)
-            loss.backward()
-            adam.step()
-            total += loss.item() * len(inputs)
-        losses.append(total / size)
-    return count, losses
+    return count, [tutorial_loop(model, loader, adam) for _ in range(EPOCHS)]
 
 
 def measured(way: str) -> tuple[float, int, list[float]]:

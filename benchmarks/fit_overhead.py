@@ -28,7 +28,7 @@ def main() -> None:
     """Measures, prints, checks."""
     torch.set_num_threads(1)
     work = works()["MLP 128"]
-    by_fold, losses = folded(work)
+    folded(work)  # fills the compiler's cache
     print(machine())
     print(f"{work.steps} steps an epoch, {EPOCHS} epochs, {ROUNDS} rounds")
     for name, progress in (("without a bar", False), ("with a bar", True)):

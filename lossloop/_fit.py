@@ -33,13 +33,7 @@ from lossloop._fold import fold_eval
 from lossloop._history import History, Row
 from lossloop._mean import Mean
 from lossloop._memory import Indexed, read
-from lossloop._model import (
-    check_functional,
-    copy_tensors,
-    device_of,
-    load_params,
-    model_params,
-)
+from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
 from lossloop._optimizers import as_optimizer, load_opt_state, refresh_opt_state
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
@@ -272,7 +266,6 @@ def fit(
         bar.step(mean, opt_state.step)
         return schedule.after_step(opt_state)
 
-    own = model_params(model)
     instance = isinstance(optimizer, torch.optim.Optimizer)
     numbers = sum(t.numel() for t in pytree.tree_leaves(opt_state))
     copied = instance and numbers <= LARGEST_COPIED
@@ -310,7 +303,7 @@ def fit(
             opt_state = schedule.after_epoch(
                 opt_state, train_loss if val_loss is None else val_loss
             )
-            copy_tensors([*own.values()], [params[name] for name in own])
+            load_params(model, params)
             if copied:
                 update = load_opt_state if epoch == 1 else refresh_opt_state
                 update(optimizer, model, opt_state)
@@ -323,7 +316,6 @@ def fit(
                 if said == "stop":
                     break
                 opt_state = schedule.follow(opt_state)  # it may have changed rates
-                own = model_params(model)  # and what the module consists of
     except BaseException:
         schedule.restore()
         raise
