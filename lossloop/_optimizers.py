@@ -324,8 +324,17 @@ class _Update(NamedTuple):
         if decay is not None and static["decoupled_weight_decay"]:
             shrink, decay = group.hyper["lr"] * decay, None
 
+        # Run as it is, every product would convert the scalars once more.
+        eager = not torch.compiler.is_compiling()
+        rounded: dict[torch.dtype, Params] = {}
+
         def update(own: Tensor, slope: Tensor, old: Params) -> Change:
             param, grad = _wide(own), _wide(slope)
+            if eager and param.dtype not in rounded:
+                rounded[param.dtype] = {
+                    key: t.to(param.dtype) if t.is_floating_point() else t
+                    for key, t in scalars.items()
+                }
             if static["maximize"]:
                 grad = -grad
             if decay is not None:
@@ -334,7 +343,7 @@ class _Update(NamedTuple):
                 param,
                 grad,
                 {key: _wide(value) for key, value in old.items()},
-                scalars,
+                rounded.get(param.dtype, scalars),
                 {**static, "dtype": own.dtype},
             )
             if shrink is not None:

@@ -391,7 +391,8 @@ def _gradient_of(
         with torch.enable_grad():
             leaves = {name: t.detach().requires_grad_() for name, t in trained.items()}
             mean, rest = function(leaves, params, batch)
-        rest = pytree.tree_map_only(Tensor, Tensor.detach, rest)
+        loss_sum, n, buffers = rest
+        rest = loss_sum.detach(), n, {k: t.detach() for k, t in buffers.items()}
         if not mean.requires_grad:
             return {name: torch.zeros_like(t) for name, t in trained.items()}, rest
         grads = torch.autograd.grad(
