@@ -50,7 +50,7 @@ def main() -> None:
         goal = ll.supervised(model, nn.CrossEntropyLoss())
         params, opt_state = ll.init(goal, ll.optim.Adam())
         eager = ll.make_step(goal, ll.optim.Adam())
-        cost = count_cost(eager.body.function, (params, opt_state.slots, batch))
+        cost = count_cost(eager.body.function, (params, opt_state.carry, batch))
         compiled = ll.compile_step(eager, donate=True)
         start = perf_counter()
         own = ll.init(goal, ll.optim.Adam())

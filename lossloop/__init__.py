@@ -5,21 +5,25 @@ from importlib.metadata import version
 from lossloop import optim
 from lossloop._batches import pad_last
 from lossloop._compile import compile_step
-from lossloop._fit import EpochRecord, Result, fit
-from lossloop._fold import fold, fold_eval
+from lossloop._fit import EpochRecord, Result, StepRecord, fit
+from lossloop._fold import EndPass, fold, fold_eval
 from lossloop._history import History
 from lossloop._losses import batch_mean, loss_pair
 from lossloop._mean import Mean
 from lossloop._model import load_params
 from lossloop._objective import Objective, objective, supervised
 from lossloop._optimizers import follow, from_torch, load_opt_state
+from lossloop._precision import loss_scale
 from lossloop._scan import compile_fold
 from lossloop._step import init, make_eval_step, make_step
+from lossloop._stopping import EarlyStopping
 from lossloop._types import Optimizer, OptState
 
 __version__ = version("lossloop")
 
 __all__ = [
+    "EarlyStopping",
+    "EndPass",
     "EpochRecord",
     "History",
     "Mean",
@@ -27,6 +31,7 @@ __all__ = [
     "OptState",
     "Optimizer",
     "Result",
+    "StepRecord",
     "batch_mean",
     "compile_fold",
     "compile_step",
@@ -39,6 +44,7 @@ __all__ = [
     "load_opt_state",
     "load_params",
     "loss_pair",
+    "loss_scale",
     "make_eval_step",
     "make_step",
     "objective",

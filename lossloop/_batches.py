@@ -1,5 +1,6 @@
 """What comes out of a loader, and how it reaches the step."""
 
+import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Number
@@ -325,6 +326,40 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
     return pytree.tree_map(move, batch)
+
+
+def first(count: int, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The first batches of a pass, so many at most."""
+    if isinstance(batches, Indexed):
+        batches.end_after(count)
+        return batches
+    return itertools.islice(batches, count)
+
+
+def in_order(loader: Iterable[Batch]) -> Iterable[Batch]:
+    """A loader over all data of another in their own order, which moves no generator.
+
+    What is no `DataLoader` over a data set with a length is read as it is.
+    """
+    if isinstance(loader, PaddedLast):
+        return PaddedLast(in_order(loader.batches))
+    if not isinstance(loader, DataLoader) or isinstance(
+        loader.dataset, IterableDataset
+    ):
+        return loader
+    size = loader.batch_size
+    if size is None and loader.batch_sampler is not None:  # one of the caller's own
+        size = getattr(loader.batch_sampler, "batch_size", 1)
+    return DataLoader(
+        loader.dataset,
+        batch_size=size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),
+    )
 
 
 def transferred(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

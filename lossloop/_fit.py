@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from lossloop._batches import (
     PaddedLast,
     as_batches,
+    first,
+    in_order,
     length,
     no_batches,
     peek,
@@ -29,23 +31,34 @@ from lossloop._coupling import (
     coupled_padding,
     coupled_samples,
 )
-from lossloop._fold import fold_eval
+from lossloop._fold import EndPass, fold, fold_eval
 from lossloop._history import History, Row
 from lossloop._mean import Mean
 from lossloop._memory import Indexed, read
 from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
-from lossloop._optimizers import as_optimizer, load_opt_state, refresh_opt_state
+from lossloop._optimizers import load_opt_state, refresh_opt_state
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
+from lossloop._precision import Precision
 from lossloop._progress import Progress
 from lossloop._scan import CompiledFold
 from lossloop._schedule import Schedule
 from lossloop._step import EvalStep, TrainStep, init, make_eval_step, make_step
+from lossloop._stopping import EarlyStopping, Patience, as_early_stopping
 from lossloop._types import Batch, OptState, Params, Slots
 
 # Numbers in the state of an optimizer instance, up to which it is brought up to date
 # after each epoch. Beyond, a second copy of them would take too much memory.
 LARGEST_COPIED = 1e7
+
+
+class StepRecord(NamedTuple):
+    """What `on_step` is handed; nothing in it has been read from the device."""
+
+    epoch: int
+    mean: Mean  # of the epoch so far; `mean.value()` reads the device
+    params: Params  # after the step; the next one overwrites them: copy to keep
+    opt_state: OptState  # likewise; `opt_state.step` is on the CPU
 
 
 class EpochRecord(NamedTuple):
@@ -68,6 +81,8 @@ class Result:
         best_epoch: The epoch of the lowest validation loss, from 1; None without
             validation data, or if no validation loss was a number.
         compiled: Whether the training step was compiled, and why.
+        status: "finished", or what ended the run before its last epoch:
+            "early_stopping", "max_steps", "max_seconds", "on_step" or "on_epoch".
     """
 
     history: History
@@ -75,11 +90,13 @@ class Result:
     opt_state: OptState
     best_epoch: int | None
     compiled: CompileChoice
+    status: str
 
     def __repr__(self) -> str:
         """The history and what was decided, without the weights."""
         return (
             f"{self.history!r}\nbest epoch: {self.best_epoch}\n"
+            f"status: {self.status}\n"
             f"compiled: {self.compiled.compiled} ({self.compiled.reason})"
         )
 
@@ -97,12 +114,20 @@ def fit(
     accumulate: int = 1,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
+    precision: Precision = "fp32",
+    ema: float | None = None,
+    early_stopping: int | EarlyStopping | None = None,
     restore_best: bool = True,
+    max_steps: int | None = None,
+    max_seconds: float | None = None,
+    eval_every: int = 1,
+    frozen_train_loss: bool | Iterable[Batch] = False,
     compile: Literal["auto", True, False] = "auto",
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
     pad_last: bool = False,
+    on_step: Callable[[StepRecord], object] | None = None,
     on_epoch: Callable[[EpochRecord], object] | None = None,
 ) -> Result:
     """Trains a model, and reports losses that are exact.
@@ -126,14 +151,32 @@ def fit(
             iterated, or a tuple of tensors, which is one batch of all the data.
         val_loader: The same, for validation.
         epochs: How often to go through the training data.
-        scheduler: A `torch.optim.lr_scheduler` built on `optimizer`.
-        schedule_by: When to step it: after every "step" or every "epoch".
+        scheduler: A `torch.optim.lr_scheduler` built on `optimizer`, or one of
+            `lossloop.schedules`: a function of the step that multiplies the rates.
+        schedule_by: When to step a scheduler of torch: after every "step" or every
+            "epoch".
         accumulate: Cut each batch into this many micro-batches, to save memory; loss
             and update stay those of the batch. See `make_step`. (Trainers that make one
             step of k loader batches want `batch_size` k times larger here.)
         clip_grad_norm: See `make_step`.
         clip_grad_value: See `make_step`.
+        precision: "fp32", "bf16" or "fp16"; see `make_step`. In float16 the history has
+            a column `skipped`: steps of the epoch that changed no weight.
+        ema: Average the weights, keeping this share of the old average in each step,
+            like 0.999. Validation measures the average, and the module ends with it;
+            between epochs the module holds the weights that are trained.
+        early_stopping: Epochs without a lower validation loss after which to end, or
+            an `EarlyStopping`, which may watch another column.
         restore_best: Whether to end with the weights of the lowest validation loss.
+        max_steps: End after so many steps, in the middle of an epoch if need be.
+        max_seconds: End after the step (in a compiled fold, the call) in which so much
+            time has passed since the first.
+        eval_every: Validate after every so many epochs, and after the last. In between,
+            `val_loss` is None.
+        frozen_train_loss: True measures the training data too whenever it validates,
+            in the way of the validation data: weights frozen, eval mode. The column of
+            that name compares with `val_loss`, as `train_loss` does not. Or a loader
+            of other data to measure so, such as a fixed part of them.
         compile: True, False, or "auto": compile if the planned steps save more time
             than compiling costs, judging by counts and not by clocks. Shapes of batch
             other than the first, as of the odd last one, go by count in any case.
@@ -144,6 +187,8 @@ def fit(
             first with samples of weight 0, so that one shape is compiled; see the
             function `pad_last`. Batches must be (inputs, targets), with or without
             weights, and samples must not act on each other.
+        on_step: Called with a `StepRecord` after each step; steps are then made one by
+            one. May end the run by returning "stop".
         on_epoch: Called with an `EpochRecord` after each epoch. It may change rates in
             the groups of a torch optimizer, and end the run by returning "stop". What
             it changes in the model is not seen: the run has a copy.
@@ -173,12 +218,22 @@ def fit(
         >>> result.history[-1]["train_loss"] < 0.01
         True
     """
-    _check_options(epochs, seed, compile, on_epoch)
+    _check_counts(epochs=epochs, eval_every=eval_every, seed=seed)
+    if max_steps is not None:
+        _check_counts(max_steps=max_steps)
+    _check_options(max_seconds, compile, on_step=on_step, on_epoch=on_epoch)
     check_functional("fit", model)
-    formulas = as_optimizer(optimizer)
-    schedule = Schedule(scheduler, schedule_by, optimizer)
+    schedule = Schedule(scheduler, schedule_by, optimizer, eval_every)
+    formulas = schedule.optimizer
     train = as_batches("train_loader", train_loader, epochs)
     val = None if val_loader is None else as_batches("val_loader", val_loader, epochs)
+    frozen = None
+    if frozen_train_loss is not False:
+        frozen = as_batches(
+            "frozen_train_loss",
+            in_order(train) if frozen_train_loss is True else frozen_train_loss,
+            epochs,
+        )
     if device is not None:
         model.to(torch.device(device))
     goal = loss_fn if isinstance(loss_fn, Objective) else supervised(model, loss_fn)
@@ -194,17 +249,26 @@ def fit(
             "pad_last(loader) as the loader and use the weights in its function."
         )
     if pad_last:
-        train, val = PaddedLast(train), None if val is None else PaddedLast(val)
+        train, val, frozen = (
+            None if each is None else PaddedLast(each) for each in (train, val, frozen)
+        )
+        assert train is not None
+    columns = ["train_loss"]
+    columns += ["val_loss"] * (val is not None)
+    columns += ["frozen_train_loss"] * (frozen is not None)
+    rule = as_early_stopping(early_stopping, columns)
+    patience = None if rule is None else Patience(rule)
     step = make_step(
         goal,
         formulas,
         accumulate=accumulate,
         clip_grad_norm=clip_grad_norm,
         clip_grad_value=clip_grad_value,
+        precision=precision,
     )
     # Needs the memory of gradients, so it is done while there is no state yet.
     batches, unused = _checked(goal, train, val, accumulate)
-    params, opt_state = init(goal, formulas, seed=seed)
+    params, opt_state = init(goal, formulas, seed=seed, precision=precision, ema=ema)
     groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
     decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
     if decayed & unused:
@@ -215,17 +279,21 @@ def fit(
             f"requires_grad_(False) if they are not used.",
             stacklevel=2,
         )
-    bar = Progress(shown=progress, epochs=epochs, batches=length(train))
+    per_epoch = length(train)
+    steps_planned = None if per_epoch is None else epochs * per_epoch
+    if max_steps is not None and steps_planned is not None:
+        steps_planned = min(steps_planned, max_steps)
+    bar = Progress(shown=progress, epochs=epochs, batches=per_epoch)
     plans: list[CompilePlan] = []
 
     def planned(
-        what: str, batches: int | None, function: Callable[..., Any], calls: int
+        what: str, total: int | None, function: Callable[..., Any], calls: int
     ) -> CompilePlan:
         plan = CompilePlan(
             function,
             wish=compile,
             epochs=epochs,
-            batches=None if batches is None else batches * calls,
+            batches=None if total is None else -(-total * calls // epochs),
             announced=partial(bar.compiling, what),
         )
         plans.append(plan)
@@ -236,22 +304,22 @@ def fit(
         compiled(
             step.body,
             donate=True,
-            plan=partial(planned, "training step", length(train)),
+            plan=partial(planned, "training step", steps_planned),
         )
     )
-    by_step = schedule_by == "step"
-    fold = CompiledFold(
-        step,
-        plan=plans[0],
-        why_not="every step has a rate of the scheduler" if by_step else None,
-    )
-    val_batches = None if val is None else length(val)
-    eval_body = make_eval_step(goal).body
+    lengths = [length(each) for each in (val, frozen) if each is not None]
+    known = [count for count in lengths if count is not None]
+    eval_steps = sum(known) * -(-epochs // eval_every)
+    eval_body = make_eval_step(goal, precision=precision).body
     eval_step = EvalStep(
         compiled(
             eval_body,
             donate=False,
-            plan=partial(planned, "validation step", val_batches),
+            plan=partial(
+                planned,
+                "validation step",
+                eval_steps if len(known) == len(lengths) else None,
+            ),
         )
     )
     if has_rnn(model):
@@ -259,47 +327,90 @@ def fit(
             if not plan.give_up(" ".join(RNN_HINT.split())):
                 raise ValueError(f"fit(compile=True): {RNN_HINT}")
 
-    scheduled = length(train) if by_step else 1
-    schedule.begin(opt_state, None if scheduled is None else scheduled * epochs)
+    why_not = None
+    if schedule_by == "step":
+        why_not = "every step has a rate of the scheduler"
+    elif on_step is not None:
+        why_not = "on_step is called after every step"
+    elif precision == "fp16":
+        why_not = "the loss is scaled"
+    run = CompiledFold(step, plan=plans[0], why_not=why_not)
+    schedule.begin(opt_state, steps_planned if schedule_by == "step" else epochs)
 
-    def on_step(opt_state: OptState, mean: Mean) -> OptState:
+    first_step, started, ended = int(opt_state.step), perf_counter(), None
+    now = params  # after the step that on_step is called for
+
+    def noted(params: Params, opt_state: OptState, batch: Batch) -> Any:
+        nonlocal now
+        result = step(params, opt_state, batch)
+        now = result[0]
+        return result
+
+    def after_step(opt_state: OptState, mean: Mean) -> OptState:
+        nonlocal ended
         bar.step(mean, opt_state.step)
-        return schedule.after_step(opt_state)
+        opt_state = schedule.after_step(opt_state)
+        if on_step is not None:
+            record = StepRecord(epoch, mean, now, opt_state)
+            ended = "on_step" if on_step(record) == "stop" else None
+        if max_seconds is not None and perf_counter() - started >= max_seconds:
+            ended = ended or "max_seconds"
+        if ended is not None:
+            raise EndPass(opt_state)
+        return opt_state
 
     instance = isinstance(optimizer, torch.optim.Optimizer)
     numbers = sum(t.numel() for t in pytree.tree_leaves(opt_state))
     copied = instance and numbers <= LARGEST_COPIED
     history, best_epoch, best = History(), None, params
-    best_loss = float("inf")
+    best_loss, skipped, shown = float("inf"), 0, params
     try:
         for epoch in range(1, epochs + 1):
             bar.begin(epoch, opt_state.step)
             schedule.begin_epoch()
             start = perf_counter()
-            params, opt_state, mean = fold(params, opt_state, batches, on_step=on_step)
+            if max_steps is not None:
+                left = max_steps - (int(opt_state.step) - first_step)
+                batches = first(left, read(batches))
+            passing = run if on_step is None else partial(fold, noted)
+            params, opt_state, mean = passing(
+                params, opt_state, batches, on_step=after_step
+            )
             batches = train
             train_loss, n_train = mean.value_and_weight()
             seconds = perf_counter() - start
-            val_loss, n_val = None, None
-            if val is not None:
+            if int(opt_state.step) - first_step == max_steps and ended is None:
+                ended = "max_steps"
+            shown = {**params, **opt_state.ema.params} if opt_state.ema else params
+            row: dict[str, Any] = {
+                "epoch": epoch,
+                "step": int(opt_state.step),
+                "train_loss": train_loss,
+                "val_loss": None,
+                "lr": schedule.rate,
+                "seconds": seconds,
+                "n_train": n_train,
+                "n_val": None,
+            }
+            if opt_state.scale:
+                before, skipped = skipped, int(opt_state.scale.skipped)
+                row["skipped"] = skipped - before
+            if frozen is not None:
+                row["frozen_train_loss"] = None
+            if epoch % eval_every == 0 or epoch == epochs or ended is not None:
                 bar.validate()
-                val_loss, n_val = fold_eval(eval_step, params, val).value_and_weight()
-            history = history.append(
-                {
-                    "epoch": epoch,
-                    "step": int(opt_state.step),
-                    "train_loss": train_loss,
-                    "val_loss": val_loss,
-                    "lr": schedule.rate,
-                    "seconds": seconds,
-                    "n_train": n_train,
-                    "n_val": n_val,
-                }
-            )
+                if val is not None:
+                    mean = fold_eval(eval_step, shown, val)
+                    row["val_loss"], row["n_val"] = mean.value_and_weight()
+                if frozen is not None:
+                    mean = fold_eval(eval_step, shown, frozen)
+                    row["frozen_train_loss"] = mean.value()
+            history = history.append(row)
+            val_loss = row["val_loss"]
             if val_loss is not None and val_loss < best_loss:
                 best_loss, best_epoch = val_loss, epoch
                 if restore_best:
-                    best = {name: t.clone() for name, t in params.items()}
+                    best = {name: t.clone() for name, t in shown.items()}
             opt_state = schedule.after_epoch(
                 opt_state, train_loss if val_loss is None else val_loss
             )
@@ -310,12 +421,15 @@ def fit(
             schedule.finish_epoch()
             for plan in plans:
                 plan.end_epoch()
-            bar.end(history[-1])
+            bar.end(row)
             if on_epoch is not None:
-                said = on_epoch(EpochRecord(history[-1], params, opt_state))
-                if said == "stop":
-                    break
+                if on_epoch(EpochRecord(row, params, opt_state)) == "stop":
+                    ended = ended or "on_epoch"
                 opt_state = schedule.follow(opt_state)  # it may have changed rates
+            if patience is not None and patience.lost(row):
+                ended = ended or "early_stopping"
+            if ended is not None:
+                break
     except BaseException:
         schedule.restore()
         raise
@@ -323,31 +437,37 @@ def fit(
         bar.close()
     if instance and not copied:
         load_opt_state(optimizer, model, opt_state, copy=False)
-    if restore_best and best_epoch is not None:
-        params = best
-        load_params(model, params)
+    params = best if restore_best and best_epoch is not None else shown
+    load_params(model, params)
     choice = plans[0].choice
     if choice.compiled:
-        choice = choice.with_fold(fold.why_not)
-    return Result(history, params, opt_state, best_epoch, choice)
+        choice = choice.with_fold(run.why_not)
+    return Result(history, params, opt_state, best_epoch, choice, ended or "finished")
 
 
-def _check_options(epochs: Any, seed: Any, compile: Any, on_epoch: Any) -> None:
-    for name, value in (("epochs", epochs), ("seed", seed)):
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
         if not hasattr(value, "__index__") or isinstance(value, bool):
             raise TypeError(f"fit({name}=...) must be an int, got {value!r}.")
-    if epochs < 1:
-        raise ValueError(f"fit(epochs=...) must be at least 1, got {epochs}.")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"fit(seed=...) must fit into 64 bits, got {seed}.")
+        if name == "seed":
+            if not -(2**63) <= value < 2**63:
+                raise ValueError(f"fit(seed=...) must fit into 64 bits, got {value}.")
+        elif value < 1:
+            raise ValueError(f"fit({name}=...) must be at least 1, got {value}.")
+
+
+def _check_options(max_seconds: Any, compile: Any, **functions: Any) -> None:
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"fit(max_seconds=...) must be > 0, got {max_seconds!r}.")
     if not (compile is True or compile is False or compile == "auto"):
         raise ValueError(
             f"fit(compile=...) must be 'auto', True or False, got {compile!r}."
         )
-    if on_epoch is not None and not callable(on_epoch):
-        raise TypeError(
-            f"fit(on_epoch=...) must be a function of an EpochRecord, got {on_epoch!r}."
-        )
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"fit({name}=...) must be a function of one record, got {function!r}."
+            )
 
 
 def _check_padding(name: str, goal: Objective, params: Params, batch: Batch) -> None:

@@ -11,6 +11,18 @@ from lossloop._model import device_of
 from lossloop._types import Batch, EvalStepFn, OptState, Params, StepFn
 
 
+class EndPass(Exception):  # noqa: N818 - no error: a pass that ends early
+    """Raised by `on_step` to end the pass after the step that was just made.
+
+    Args:
+        opt_state: To end with.
+    """
+
+    def __init__(self, opt_state: OptState) -> None:
+        super().__init__("the pass ends here")
+        self.opt_state = opt_state
+
+
 def fold(
     step: StepFn,
     params: Params,
@@ -31,6 +43,7 @@ def fold(
             is one batch of all the data; moved to the device of `params`.
         on_step: Called after every step with the new state and the mean so far; returns
             the state to go on with. The place for a changing rate or a progress bar.
+            It may `raise EndPass(opt_state)` to end the pass there.
 
     Returns:
         `(params, opt_state, mean)`; the mean is that of the losses as seen while
@@ -57,9 +70,13 @@ def fold(
         with torch.no_grad():  # not around the loader, which is the caller's
             params, opt_state, loss_sum, n = step(params, opt_state, batch)
         mean = mean.add(loss_sum, n)
-        if on_step is not None:
-            opt_state = on_step(opt_state, mean)
         seen = True
+        if on_step is not None:
+            try:
+                opt_state = on_step(opt_state, mean)
+            except EndPass as end:
+                opt_state = end.opt_state
+                break
     if not seen:
         raise no_batches("batches")
     return params, opt_state, mean

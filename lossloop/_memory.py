@@ -68,6 +68,10 @@ class Indexed(Iterator[Batch]):
         self._orders = itertools.chain([order], self._orders)
         return self.take(order)
 
+    def end_after(self, count: int) -> None:
+        """Ends the pass after so many batches more."""
+        self._orders = itertools.islice(self._orders, count)
+
     def orders(self, most: int) -> Iterator[Tensor]:
         """The indices of the samples of what is left, k batches of one size at once.
 

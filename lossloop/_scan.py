@@ -21,14 +21,14 @@ from lossloop._compile import (
     pairs,
     write,
 )
-from lossloop._fold import fold
+from lossloop._fold import EndPass, fold
 from lossloop._mean import Mean
 from lossloop._memory import Indexed, read
 from lossloop._model import device_of
 from lossloop._plan import CompilePlan
 from lossloop._random import seeded
 from lossloop._step import MicroBatches, TrainStep
-from lossloop._types import Batch, OptState, Params
+from lossloop._types import Batch, Carry, OptState, Params
 
 # Steps in one call, which costs about as much as a small step. More would make Ctrl-C
 # and the progress bar wait.
@@ -54,14 +54,14 @@ class Scan:
     def __init__(
         self,
         function: Callable[..., Any],
-        args: tuple[Params, Any, Batch],
+        args: tuple[Params, Carry, Batch],
         backend: str | Callable[..., Any],
         announced: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Calls the function once, to see what it does.
 
         Args:
-            function: `(params, slots, batch) -> (params, slots, loss_sum, n)`.
+            function: `(params, carry, batch) -> (params, carry, loss_sum, n)`.
             args: To call it with.
             backend: Of `torch.compile`.
             announced: Makes a context to compile in.
@@ -98,7 +98,7 @@ class Scan:
     def __call__(
         self,
         params: Params,
-        slots: Any,
+        carry: Carry,
         mean: Mean,
         tensors: Sequence[Tensor],
         orders: Tensor,
@@ -107,7 +107,7 @@ class Scan:
         self._orders[: len(orders)] = orders
         weight = mean.weight if self._counts else mean.weight.to(mean.total.dtype)
         count = torch.tensor(len(orders))
-        leaves = pytree.tree_leaves((params, slots))
+        leaves = pytree.tree_leaves((params, carry))
         args = (count, self._orders, mean.total, weight, tensors, leaves)
         with torch.no_grad():
             return Mean(*self._graph(Unseeded, args))
@@ -200,7 +200,10 @@ class CompiledFold:
                     params, opt_state, mean, passing, orders
                 )
                 if on_step is not None:
-                    opt_state = on_step(opt_state, mean)
+                    try:
+                        opt_state = on_step(opt_state, mean)
+                    except EndPass as end:
+                        return params, end.opt_state, mean
             return params, opt_state, mean
         return fold(self._step, params, opt_state, passing, on_step=on_step)
 
@@ -229,7 +232,7 @@ class CompiledFold:
         if device.type != "cpu":
             raise CannotScanError(f"on {device.type}, calls are no cost")
         try:
-            args = (params, opt_state.slots, passing.peek())
+            args = (params, opt_state.carry, passing.peek())
         except StopIteration:
             raise no_batches("batches") from None
         function, plan = self._step.body.function, self._plan
@@ -257,14 +260,13 @@ class CompiledFold:
         if self._scan is not None and self._scan.takes(orders):
             try:
                 mean = self._scan(
-                    params, opt_state.slots, mean, passing.tensors, orders
+                    params, opt_state.carry, mean, passing.tensors, orders
                 )
             except Exception as error:
                 # Nothing was written yet. The caller's own mistakes raise again below.
                 self._give_up(f"{type(error).__name__}: {error}".split("\n\n")[0])
             else:
-                step = opt_state.step + len(orders)
-                return params, opt_state._replace(step=step), mean
+                return params, opt_state.after(opt_state.carry, len(orders)), mean
         batches = [passing.take(order) for order in orders]
         params, opt_state, rest = fold(self._step, params, opt_state, batches)
         return params, opt_state, mean.merge(rest)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lossloop._optimizers import follow, host_hyper
+from lossloop._optimizers import as_optimizer, follow, host_hyper
 from lossloop._types import OptState, Slots
 
 
@@ -17,6 +17,7 @@ class Schedule:
     becomes new 0-d tensors in the state, so the step is not compiled again.
 
     Attributes:
+        optimizer: The formulas of the optimizer.
         rate: Of the first group in the last step; None if that is not known.
     """
 
@@ -25,9 +26,11 @@ class Schedule:
         scheduler: Any,
         by: Literal["step", "epoch"] | None,
         optimizer: Any,
+        eval_every: int = 1,
     ) -> None:
+        self.optimizer = as_optimizer(optimizer)
         if scheduler is not None:
-            _check(scheduler, by, optimizer)
+            _check(scheduler, by, optimizer, eval_every)
         elif by is not None:
             raise ValueError(
                 f"fit(schedule_by={by!r}) is the unit of a scheduler; pass one."
@@ -103,7 +106,7 @@ class Schedule:
             self.rate = self._followed[0]["lr"]
 
 
-def _check(scheduler: Any, by: str | None, optimizer: Any) -> None:
+def _check(scheduler: Any, by: str | None, optimizer: Any, eval_every: int) -> None:
     if by not in ("step", "epoch"):
         raise ValueError(
             f"fit(scheduler=...) needs its unit: schedule_by='step' calls it after "
@@ -129,4 +132,10 @@ def _check(scheduler: Any, by: str | None, optimizer: Any) -> None:
         raise ValueError(
             "fit(scheduler=ReduceLROnPlateau) compares losses of whole epochs; use "
             "schedule_by='epoch'."
+        )
+    if isinstance(scheduler, ReduceLROnPlateau) and eval_every > 1:
+        raise ValueError(
+            f"fit(scheduler=ReduceLROnPlateau, eval_every={eval_every}) would compare "
+            f"the validation losses of some epochs with the training losses of others; "
+            f"use eval_every=1."
         )

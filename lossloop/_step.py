@@ -11,6 +11,7 @@ from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
 from lossloop._batches import split
+from lossloop._ema import averaged, check_decay, start_ema
 from lossloop._model import device_of
 from lossloop._objective import (
     NOTHING_TRAINABLE,
@@ -19,8 +20,26 @@ from lossloop._objective import (
     as_objective,
 )
 from lossloop._optimizers import as_optimizer, move, move_in_place
+from lossloop._precision import (
+    Precision,
+    autocast,
+    check_precision,
+    loss_scale,
+    next_scale,
+    unscaled,
+)
 from lossloop._random import mix, seeded
-from lossloop._types import Batch, LossPair, OptState, Params, Slots
+from lossloop._types import (
+    Batch,
+    Carry,
+    LossPair,
+    LossScale,
+    OptState,
+    Params,
+    Slots,
+)
+
+Scale = LossScale | tuple[()]
 
 Seeding = Callable[..., Any]
 """`seeding(part=0)`: a context like `seeded`, in which part of a step draws numbers."""
@@ -29,7 +48,7 @@ Seeding = Callable[..., Any]
 class Body(Protocol):
     """The tensor part of a step and the way it is run.
 
-    Called as `body(seeding, params, slots, batch)` in training and as
+    Called as `body(seeding, params, carry, batch)` in training and as
     `body(seeding, params, batch)` in evaluation. Seeding stays outside the function,
     because generators are no tensors, and is a callable, because a compiled body knows
     whether it draws random numbers at all.
@@ -64,16 +83,16 @@ class MicroBatches(NamedTuple):
     by the total of n. Only one micro-batch's activations are in memory at a time.
     """
 
-    add: Body  # (sums of grads, params, batch) -> (sums, buffers, loss_sum, n)
-    update: Body  # (params, slots, (sums, n, buffers)) -> (params, slots)
-    start: Callable[[Params, Any], Params]  # (params, slots) -> sums of nothing
+    add: Body  # (sums, params, batch) -> (sums, buffers, loss_sum, n)
+    update: Body  # (params, carry, (sums, n, buffers)) -> (params, carry)
+    start: Callable[[Params, Carry], Any]  # sums of no gradients, and their scale
     parts: int
 
     def function(
-        self, params: Params, slots: Any, batch: Batch
-    ) -> tuple[Params, Any, Tensor, Tensor]:
+        self, params: Params, carry: Carry, batch: Batch
+    ) -> tuple[Params, Carry, Tensor, Tensor]:
         """All of it as one pure function, which draws its numbers without seeding."""
-        return self.eager()(nullcontext, params, slots, batch)
+        return self.eager()(nullcontext, params, carry, batch)
 
     def eager(self) -> "MicroBatches":
         """The same, not compiled."""
@@ -82,10 +101,10 @@ class MicroBatches(NamedTuple):
 
     def __call__(
         self, seeding: Seeding, *args: Any
-    ) -> tuple[Params, Any, Tensor, Tensor]:
-        """Returns `(params, slots, loss_sum, n)`."""
-        params, slots, batch = args
-        sums, buffers = self.start(params, slots), {}
+    ) -> tuple[Params, Carry, Tensor, Tensor]:
+        """Returns `(params, carry, loss_sum, n)`."""
+        params, carry, batch = args
+        sums, buffers = self.start(params, carry), {}
         micro_batches = split(batch, self.parts)
         loss_sums, ns = [], []
         for part, micro_batch in enumerate(micro_batches):
@@ -96,8 +115,8 @@ class MicroBatches(NamedTuple):
             ns.append(n)
         loss_sum, n = torch.stack(loss_sums).sum(), torch.stack(ns).sum()
         seeding = partial(seeding, len(micro_batches))
-        params, slots = self.update(seeding, params, slots, (sums, n, buffers))
-        return params, slots, loss_sum, n
+        params, carry = self.update(seeding, params, carry, (sums, n, buffers))
+        return params, carry, loss_sum, n
 
 
 class TrainStep(NamedTuple):
@@ -115,15 +134,14 @@ class TrainStep(NamedTuple):
         self, params: Params, opt_state: OptState, batch: Batch
     ) -> tuple[Params, OptState, Tensor, Tensor]:
         """Returns `(params, opt_state, loss_sum, n)`."""
-        slots, step, seed = opt_state
 
         def seeding(part: int = 0) -> seeded:
             # Seed and step are on the CPU: reading them waits for no device.
-            mixed = mix(int(seed), int(step))
+            mixed = mix(int(opt_state.seed), int(opt_state.step))
             return seeded(mix(mixed, part) if part else mixed, device_of(params))
 
-        params, slots, loss_sum, n = self.body(seeding, params, slots, batch)
-        return params, OptState(slots, step + 1, seed), loss_sum, n
+        params, carry, loss_sum, n = self.body(seeding, params, opt_state.carry, batch)
+        return params, opt_state.after(carry), loss_sum, n
 
 
 class EvalStep(NamedTuple):
@@ -151,6 +169,8 @@ def init(
     *,
     seed: int = 0,
     params: Params | None = None,
+    precision: Precision = "fp32",
+    ema: float | None = None,
 ) -> tuple[Params, OptState]:
     """The state a run starts from.
 
@@ -161,13 +181,18 @@ def init(
             model by identity, and the state it has is copied.
         seed: Of the random numbers that layers like dropout draw.
         params: Start from these instead of the model's own; they are copied.
+        precision: As for `make_step`; with "fp16" the state has a scale of the loss.
+        ema: Average the trained parameters over the steps, keeping this share of the
+            old average in each, like 0.999: `opt_state.ema.params`, which the first
+            step sets to the parameters as they are then. As `AveragedModel` of
+            `torch.optim.swa_utils` does.
 
     Returns:
         `(params, opt_state)`.
 
     Raises:
-        ValueError: If nothing is trainable, or the optimizer holds parameters that are
-            not the model's.
+        ValueError: If nothing is trainable, the optimizer holds parameters that are
+            not the model's, or `precision` or `ema` are not what they can be.
 
     Example:
         >>> import lossloop as ll
@@ -176,6 +201,9 @@ def init(
         >>> sorted(params), int(opt_state.step), int(opt_state.seed)
         (['bias', 'weight'], 0, 7)
     """
+    check_precision("init", precision)
+    if ema is not None:
+        check_decay("init", ema)
     goal = as_objective(objective)
     if isinstance(goal, Objective):
         named = goal.model.named_parameters()
@@ -211,7 +239,9 @@ def init(
     groups = slots.groups if isinstance(slots, Slots) else ()
     made = max((int(group.step) for group in groups), default=0)
     step, seeds = (torch.tensor(n, dtype=torch.int64) for n in (made, seed))
-    return start, OptState(slots, step, seeds)
+    average = () if ema is None else start_ema(ema, {name: start[name] for name in own})
+    scale = loss_scale(device=device_of(start)) if precision == "fp16" else ()
+    return start, OptState(slots, step, seeds, scale, average)
 
 
 def make_step(
@@ -221,6 +251,7 @@ def make_step(
     accumulate: int = 1,
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
+    precision: Precision = "fp32",
 ) -> TrainStep:
     """Makes a pure training step, not compiled.
 
@@ -245,12 +276,18 @@ def make_step(
             as `torch.nn.utils.clip_grad_norm_` does.
         clip_grad_value: Clamp every element of the gradient to plus or minus this,
             before the norm is taken.
+        precision: "fp32", which leaves the model as it is; or "bf16" or "fp16", which
+            run it under `torch.autocast`. float16 needs a scale of the loss in the
+            state: `init(..., precision="fp16")`. A step whose gradient is not finite
+            then leaves weights and optimizer alone, is counted in
+            `opt_state.scale.skipped`, and lowers the scale, as with `GradScaler`.
 
     Returns:
         `step(params, opt_state, batch) -> (params, opt_state, loss_sum, n)`.
 
     Raises:
-        ValueError: If a bound is not positive, or `accumulate` no int of at least 1.
+        ValueError: If a bound is not positive, `accumulate` no int of at least 1, or
+            `precision` unknown; from the step, if float16 finds no scale.
         TypeError: If the optimizer is not supported.
 
     Example:
@@ -265,70 +302,92 @@ def make_step(
     """
     goal = as_objective(objective)
     formulas = as_optimizer(optimizer)
+    check_precision("make_step", precision)
     _check_options(
         accumulate, clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value
     )
 
     def batch_mean(
-        trained: Params, params: Params, batch: Batch
+        trained: Params, params: Params, batch: Batch, scale: Scale
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Params]]:
-        loss_sum, n, buffers = goal.train({**params, **trained}, batch)
-        return loss_sum / _divisor(n), (loss_sum, n, buffers)
+        if precision == "fp16" and not scale:
+            raise ValueError(
+                "make_step(precision='fp16'): the state has no scale of the loss. Make "
+                "it with init(..., precision='fp16')."
+            )
+        with autocast(precision, params):
+            loss_sum, n, buffers = goal.train({**params, **trained}, batch)
+        mean = loss_sum / _divisor(n)
+        return mean * scale.scale if scale else mean, (loss_sum, n, buffers)
 
     gradient = _gradient_of(batch_mean)
 
     def descend(
-        params: Params, slots: Any, grads: Params, *, in_place: bool
-    ) -> tuple[Params, Any]:
+        params: Params, carry: Carry, grads: Params, *, in_place: bool
+    ) -> tuple[Params, Carry]:
+        slots, scale, ema = carry
+        overflown = None
+        if scale:
+            grads, overflown = unscaled(grads, scale.scale)
+            scale = next_scale(scale, overflown)
+            in_place = False  # what is left alone may not have been written to
         if clip_grad_value is not None:
             bound, clamp = clip_grad_value, Tensor.clamp_ if in_place else Tensor.clamp
             grads = {name: clamp(g, -bound, bound) for name, g in grads.items()}
         if clip_grad_norm is not None:
-            scale = _scale(grads, clip_grad_norm)
+            factor = _clip_factor(grads, clip_grad_norm)
             times = Tensor.mul_ if in_place else Tensor.mul
-            grads = {name: times(g, scale.to(g.dtype)) for name, g in grads.items()}
+            grads = {name: times(g, factor.to(g.dtype)) for name, g in grads.items()}
         trained = {name: params[name] for name in grads}
         moving = move_in_place if in_place else move
-        moved, slots = moving(formulas, grads, slots, trained)
-        return {**params, **moved}, slots
+        moved, new_slots = moving(formulas, grads, slots, trained)
+        if overflown is not None:
+            left_alone = partial(torch.where, overflown)
+            old, new = (trained, slots), (moved, new_slots)
+            moved, new_slots = pytree.tree_map(left_alone, old, new)
+        params = {**params, **moved}
+        return params, Carry(new_slots, scale, averaged(ema, params) if ema else ())
 
     def whole(
-        params: Params, slots: Any, batch: Batch, *, in_place: bool = False
-    ) -> tuple[Params, Any, Tensor, Tensor]:
-        trained = {name: params[name] for name in _trained(goal, params, slots)}
-        grads, (loss_sum, n, buffers) = gradient(trained, params, batch)
-        params, slots = descend({**params, **buffers}, slots, grads, in_place=in_place)
-        return params, slots, loss_sum, n
+        params: Params, carry: Carry, batch: Batch, *, in_place: bool = False
+    ) -> tuple[Params, Carry, Tensor, Tensor]:
+        trained = {name: params[name] for name in _trained(goal, params, carry.slots)}
+        grads, rest = gradient(trained, params, batch, carry.scale)
+        loss_sum, n, buffers = rest
+        params, carry = descend({**params, **buffers}, carry, grads, in_place=in_place)
+        return params, carry, loss_sum, n
 
-    def start(params: Params, slots: Any) -> Params:
+    def start(params: Params, carry: Carry) -> tuple[Params, Scale]:
         # In half precision a sum would soon stop growing, or overflow.
-        return {
+        sums = {
             name: torch.zeros_like(params[name], dtype=_sum_dtype(params[name]))
-            for name in _trained(goal, params, slots)
+            for name in _trained(goal, params, carry.slots)
         }
+        return sums, carry.scale
 
     def add(
-        sums: Params, params: Params, batch: Batch
-    ) -> tuple[Params, Params, Tensor, Tensor]:
-        trained = {name: params[name] for name in sums}
-        grads, (loss_sum, n, buffers) = gradient(trained, params, batch)
+        sums: tuple[Params, Scale], params: Params, batch: Batch
+    ) -> tuple[tuple[Params, Scale], Params, Tensor, Tensor]:
+        so_far, scale = sums
+        trained = {name: params[name] for name in so_far}
+        grads, (loss_sum, n, buffers) = gradient(trained, params, batch, scale)
         # The gradient of the mean, times n: that of the sum is too large for float16.
-        sums = {k: t + grads[k] * _divisor(n).to(t.dtype) for k, t in sums.items()}
-        return sums, buffers, loss_sum, n
+        so_far = {k: t + grads[k] * _divisor(n).to(t.dtype) for k, t in so_far.items()}
+        return (so_far, scale), buffers, loss_sum, n
 
     def finish(
         params: Params,
-        slots: Any,
-        total: tuple[Params, Tensor, Params],
+        carry: Carry,
+        total: tuple[tuple[Params, Scale], Tensor, Params],
         *,
         in_place: bool = False,
-    ) -> tuple[Params, Any]:
-        sums, n, buffers = total
+    ) -> tuple[Params, Carry]:
+        (sums, _), n, buffers = total
         grads = {
             name: (t / _divisor(n).to(t.dtype)).to(params[name].dtype)
             for name, t in sums.items()
         }
-        return descend({**params, **buffers}, slots, grads, in_place=in_place)
+        return descend({**params, **buffers}, carry, grads, in_place=in_place)
 
     if accumulate == 1:
         return TrainStep(Eager(whole, partial(whole, in_place=True)))
@@ -338,11 +397,14 @@ def make_step(
 
 def make_eval_step(
     objective: Objective | Callable[[Params, Batch], LossPair],
+    *,
+    precision: Precision = "fp32",
 ) -> EvalStep:
     """Makes a pure evaluation step, not compiled: eval mode, no gradient.
 
     Args:
         objective: As for `make_step`.
+        precision: As for `make_step`; nothing is scaled.
 
     Returns:
         `eval_step(params, batch) -> (loss_sum, n)`.
@@ -355,7 +417,14 @@ def make_eval_step(
         >>> int(n)
         4
     """
-    return EvalStep(Eager(as_objective(objective).evaluate))
+    check_precision("make_eval_step", precision)
+    goal = as_objective(objective)
+
+    def evaluate(params: Params, batch: Batch) -> LossPair:
+        with autocast(precision, params):
+            return goal.evaluate(params, batch)
+
+    return EvalStep(Eager(evaluate))
 
 
 def _check_options(accumulate: Any, **bounds: float | None) -> None:
@@ -371,26 +440,28 @@ def _check_options(accumulate: Any, **bounds: float | None) -> None:
 
 
 def _gradient_of(
-    function: Callable[[Params, Params, Batch], tuple[Tensor, Any]],
-) -> Callable[[Params, Params, Batch], tuple[Params, Any]]:
-    """Makes `(trained, params, batch) -> (gradients of the first result, the rest)`.
+    function: Callable[[Params, Params, Batch, Scale], tuple[Tensor, Any]],
+) -> Callable[[Params, Params, Batch, Scale], tuple[Params, Any]]:
+    """Makes `(trained, params, batch, scale) -> (gradients of the mean, the rest)`.
 
     Compiled, transformed or differentiated itself, it is that of `torch.func`. An eager
     step takes that of plain autograd, which is faster and the same.
     """
     transform = grad_and_value(function, has_aux=True)
 
-    def gradient(trained: Params, params: Params, batch: Batch) -> tuple[Params, Any]:
+    def gradient(
+        trained: Params, params: Params, batch: Batch, scale: Scale
+    ) -> tuple[Params, Any]:
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
         ):
-            grads, (_, rest) = transform(trained, params, batch)
+            grads, (_, rest) = transform(trained, params, batch, scale)
             return grads, rest
         with torch.enable_grad():
             leaves = {name: t.detach().requires_grad_() for name, t in trained.items()}
-            mean, rest = function(leaves, params, batch)
+            mean, rest = function(leaves, params, batch, scale)
         loss_sum, n, buffers = rest
         rest = loss_sum.detach(), n, {k: t.detach() for k, t in buffers.items()}
         if not mean.requires_grad:
@@ -425,7 +496,7 @@ def _trained(
     return [name for name in params if name in names]
 
 
-def _scale(grads: Params, bound: float) -> Tensor:
+def _clip_factor(grads: Params, bound: float) -> Tensor:
     """By which `torch.nn.utils.clip_grad_norm_` multiplies."""
     norms = [torch.linalg.vector_norm(g) for g in grads.values()]
     norm = torch.linalg.vector_norm(torch.stack(norms))

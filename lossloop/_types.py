@@ -34,12 +34,60 @@ class Slots(NamedTuple):
     groups: tuple[Group, ...]
 
 
+class LossScale(NamedTuple):
+    """By what losses are multiplied, so that float16 gradients do not vanish.
+
+    The rule is that of `torch.amp.GradScaler` (Micikevicius et al., 2018): a step whose
+    gradient is not finite changes no weight and lowers the scale, and after
+    `growth_interval` good steps in a row it is raised.
+    """
+
+    scale: Tensor  # (), float32
+    growth_factor: Tensor  # (), float32
+    backoff_factor: Tensor  # (), float32
+    growth_interval: Tensor  # (), int64
+    good_steps: Tensor  # (), int64, since the scale last changed
+    skipped: Tensor  # (), int64, steps that changed no weight
+
+
+class Ema(NamedTuple):
+    """An exponential moving average of the trained parameters."""
+
+    decay: Tensor  # (), float64, share of the old average
+    updates: Tensor  # (), int64; the first takes the parameters as they are
+    params: Params
+
+
+class Carry(NamedTuple):
+    """What the tensor part of a step carries besides the parameters.
+
+    What a run has no use for is an empty tuple: to a pytree of torch, None would be a
+    leaf, which no transform takes.
+    """
+
+    slots: Any
+    scale: "LossScale | tuple[()]" = ()
+    ema: "Ema | tuple[()]" = ()
+
+
 class OptState(NamedTuple):
     """Everything a step carries besides the parameters."""
 
     slots: Any  # what `Optimizer.init` returned
     step: Tensor  # (), int64 on the CPU, steps made; part of the random seed
     seed: Tensor  # (), int64 on the CPU
+    scale: "LossScale | tuple[()]" = ()  # of the loss in float16
+    ema: "Ema | tuple[()]" = ()
+
+    @property
+    def carry(self) -> Carry:
+        """The part of it that the tensor part of a step takes and returns."""
+        return Carry(self.slots, self.scale, self.ema)
+
+    def after(self, carry: Carry, steps: int = 1) -> "OptState":
+        """The state after so many steps, which came to this."""
+        slots, scale, ema = carry
+        return OptState(slots, self.step + steps, self.seed, scale, ema)
 
 
 class Optimizer(NamedTuple):

@@ -204,7 +204,7 @@ def compare(
 
     def folding() -> Run:
         state = start()
-        args = (state[0], state[1].slots, batch)
+        args = (state[0], state[1].carry, batch)
         scan = Scan(step.body.function, args, backend)
         order = torch.arange(len(batch[0]))
 

@@ -1,6 +1,11 @@
 """The optimizers of torch.optim, under its names, as pure functions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore
 
 from lossloop._optimizers import from_torch
 from lossloop._types import Optimizer
@@ -19,7 +24,15 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "decay_groups",
 ]
+
+_NORMALISATIONS = (
+    _NormBase,  # of batches and instances
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
 
 # `locals()` in the first line of a function is its arguments by name.
 
@@ -433,3 +446,64 @@ def Muon(
                 [-0.0000, -0.0012]])
     """
     return from_torch(torch.optim.Muon, **locals())
+
+
+def decay_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    decays: Callable[[str, nn.Parameter], bool] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups of which only the first decays, for any torch optimizer.
+
+    By default what decays are the weights of products: parameters of two dimensions and
+    more, unless they belong to a normalisation layer. Biases and the scales of
+    normalisations stay as they are.
+
+    Args:
+        model: Whose trainable parameters are sorted, a tied one once.
+        weight_decay: Of the first group; that of the second is 0.
+        decays: Another rule: whether the parameter of this name decays.
+
+    Returns:
+        Two groups, of which one that is empty is left out.
+
+    Raises:
+        ValueError: If `weight_decay` is negative, or nothing is trainable.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+        >>> groups = decay_groups(model, 0.1)
+        >>> [(group["weight_decay"], len(group["params"])) for group in groups]
+        [(0.1, 1), (0.0, 3)]
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    """
+    if not weight_decay >= 0:
+        raise ValueError(
+            f"decay_groups(weight_decay=...) must be at least 0, got {weight_decay!r}."
+        )
+    normal = {
+        id(param)
+        for module in model.modules()
+        if isinstance(module, _NORMALISATIONS)
+        for param in module.parameters(recurse=False)
+    }
+
+    def by_shape(name: str, param: nn.Parameter) -> bool:
+        return param.ndim >= 2 and id(param) not in normal
+
+    rule = by_shape if decays is None else decays
+    sorted_out: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            sorted_out[bool(rule(name, param))].append(param)
+    groups = [
+        {"params": params, "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, params in sorted_out.items()
+        if params
+    ]
+    if not groups:
+        raise ValueError(
+            "decay_groups: no parameter of the model has requires_grad=True."
+        )
+    return groups

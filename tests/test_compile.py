@@ -256,7 +256,7 @@ def plan_of(wish, epochs, batches, width=16):
     params, opt_state = ll.init(goal, torch.optim.Adam)
     body = ll.make_step(goal, torch.optim.Adam).body.function
     plan = CompilePlan(body, wish=wish, epochs=epochs, batches=batches)
-    return plan, lambda size: (params, opt_state.slots, batch(size))
+    return plan, lambda size: (params, opt_state.carry, batch(size))
 
 
 def test_short_runs_are_not_compiled_and_long_ones_are():
@@ -294,7 +294,7 @@ def test_counting_leaves_generators_alone_and_repeats():
     body = ll.make_step(goal, torch.optim.SGD).body.function
     state = torch.get_rng_state()
     costs = {
-        count_cost(body, (params, opt_state.slots, CASES["conv_net"].batch()))
+        count_cost(body, (params, opt_state.carry, CASES["conv_net"].batch()))
         for _ in range(2)
     }
     assert torch.equal(torch.get_rng_state(), state)
@@ -310,7 +310,7 @@ def test_a_large_step_is_counted_without_data(case, monkeypatch):
     goal = ll.supervised(CASES[case].model(), CASES[case].loss)
     params, opt_state = ll.init(goal, torch.optim.Adam)
     body = ll.make_step(goal, torch.optim.Adam).body.function
-    args = params, opt_state.slots, CASES[case].batch()
+    args = params, opt_state.carry, CASES[case].batch()
     called = []
 
     def seen(*args):

@@ -15,8 +15,8 @@ HOME = Path(ll.__file__).parent
 FLOORS = [
     {"_types"},
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
-    | {"_memory", "_works", "_machine"},
-    {"_losses", "_optimizers", "_batches", "_progress"},
+    | {"_memory", "_works", "_machine", "_ema"},
+    {"_losses", "_optimizers", "_batches", "_progress", "_precision", "_stopping"},
     {"_objective", "optim", "_schedule"},
     {"_step", "_fold", "_coupling"},
     {"_products", "_isa"},

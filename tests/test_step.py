@@ -378,7 +378,7 @@ def test_stacked_models_step_together():
         params, opt_state = ll.init(
             ll.supervised(mlp(), nn.CrossEntropyLoss()), optimizer
         )
-        members.append((params, opt_state.slots))
+        members.append((params, opt_state.carry))
     stacked = pytree.tree_map(lambda *ts: torch.stack(ts), *members)
     together = torch.vmap(step.body.function, in_dims=(0, 0, None))(*stacked, batch)
     for i, member in enumerate(members):
