@@ -125,7 +125,7 @@ def fit(
     compile: Literal["auto", True, False] = "auto",
     device: torch.device | str | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | Literal["plain"] = True,
     pad_last: bool = False,
     on_step: Callable[[StepRecord], object] | None = None,
     on_epoch: Callable[[EpochRecord], object] | None = None,
@@ -182,7 +182,8 @@ def fit(
             other than the first, as of the odd last one, go by count in any case.
         device: Where to move the model first; default, where it is.
         seed: Of dropout and other random layers. Shuffling is the loader's.
-        progress: Whether to show a bar and print a line per epoch.
+        progress: Whether to show a bar and print a line per epoch; "plain" prints the
+            lines alone.
         pad_last: Whether to pad smaller batches, such as the last, to the size of the
             first with samples of weight 0, so that one shape is compiled; see the
             function `pad_last`. Batches must be (inputs, targets), with or without
@@ -221,7 +222,7 @@ def fit(
     _check_counts(epochs=epochs, eval_every=eval_every, seed=seed)
     if max_steps is not None:
         _check_counts(max_steps=max_steps)
-    _check_options(max_seconds, compile, on_step=on_step, on_epoch=on_epoch)
+    _check_options(max_seconds, compile, progress, on_step=on_step, on_epoch=on_epoch)
     check_functional("fit", model)
     schedule = Schedule(scheduler, schedule_by, optimizer, eval_every)
     formulas = schedule.optimizer
@@ -280,9 +281,10 @@ def fit(
             stacklevel=2,
         )
     per_epoch = length(train)
-    steps_planned = None if per_epoch is None else epochs * per_epoch
-    if max_steps is not None and steps_planned is not None:
-        steps_planned = min(steps_planned, max_steps)
+    steps_planned, epochs_planned = None, epochs
+    if per_epoch is not None:
+        steps_planned = min(epochs * per_epoch, max_steps or epochs * per_epoch)
+        epochs_planned = -(-steps_planned // per_epoch)
     bar = Progress(shown=progress, epochs=epochs, batches=per_epoch)
     plans: list[CompilePlan] = []
 
@@ -292,8 +294,8 @@ def fit(
         plan = CompilePlan(
             function,
             wish=compile,
-            epochs=epochs,
-            batches=None if total is None else -(-total * calls // epochs),
+            epochs=epochs_planned,
+            batches=None if total is None else -(-total * calls // epochs_planned),
             announced=partial(bar.compiling, what),
         )
         plans.append(plan)
@@ -309,7 +311,7 @@ def fit(
     )
     lengths = [length(each) for each in (val, frozen) if each is not None]
     known = [count for count in lengths if count is not None]
-    eval_steps = sum(known) * -(-epochs // eval_every)
+    eval_steps = sum(known) * -(-epochs_planned // eval_every)
     eval_body = make_eval_step(goal, precision=precision).body
     eval_step = EvalStep(
         compiled(
@@ -334,8 +336,10 @@ def fit(
         why_not = "on_step is called after every step"
     elif precision == "fp16":
         why_not = "the loss is scaled"
-    run = CompiledFold(step, plan=plans[0], why_not=why_not)
-    schedule.begin(opt_state, steps_planned if schedule_by == "step" else epochs)
+    folding = CompiledFold(step, plan=plans[0], why_not=why_not)
+    schedule.begin(
+        opt_state, steps_planned if schedule_by == "step" else epochs_planned
+    )
 
     first_step, started, ended = int(opt_state.step), perf_counter(), None
     now = params  # after the step that on_step is called for
@@ -345,6 +349,8 @@ def fit(
         result = step(params, opt_state, batch)
         now = result[0]
         return result
+
+    run = folding if on_step is None else partial(fold, noted)
 
     def after_step(opt_state: OptState, mean: Mean) -> OptState:
         nonlocal ended
@@ -372,8 +378,7 @@ def fit(
             if max_steps is not None:
                 left = max_steps - (int(opt_state.step) - first_step)
                 batches = first(left, read(batches))
-            passing = run if on_step is None else partial(fold, noted)
-            params, opt_state, mean = passing(
+            params, opt_state, mean = run(
                 params, opt_state, batches, on_step=after_step
             )
             batches = train
@@ -423,7 +428,7 @@ def fit(
                 plan.end_epoch()
             bar.end(row)
             if on_epoch is not None:
-                if on_epoch(EpochRecord(row, params, opt_state)) == "stop":
+                if on_epoch(EpochRecord(history[-1], params, opt_state)) == "stop":
                     ended = ended or "on_epoch"
                 opt_state = schedule.follow(opt_state)  # it may have changed rates
             if patience is not None and patience.lost(row):
@@ -441,7 +446,7 @@ def fit(
     load_params(model, params)
     choice = plans[0].choice
     if choice.compiled:
-        choice = choice.with_fold(run.why_not)
+        choice = choice.with_fold(folding.why_not)
     return Result(history, params, opt_state, best_epoch, choice, ended or "finished")
 
 
@@ -456,12 +461,18 @@ def _check_counts(**counts: Any) -> None:
             raise ValueError(f"fit({name}=...) must be at least 1, got {value}.")
 
 
-def _check_options(max_seconds: Any, compile: Any, **functions: Any) -> None:
+def _check_options(
+    max_seconds: Any, compile: Any, progress: Any, **functions: Any
+) -> None:
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"fit(max_seconds=...) must be > 0, got {max_seconds!r}.")
     if not (compile is True or compile is False or compile == "auto"):
         raise ValueError(
             f"fit(compile=...) must be 'auto', True or False, got {compile!r}."
+        )
+    if not (progress is True or progress is False or progress == "plain"):
+        raise ValueError(
+            f"fit(progress=...) must be True, False or 'plain', got {progress!r}."
         )
     for name, function in functions.items():
         if function is not None and not callable(function):

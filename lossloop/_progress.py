@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,12 +17,17 @@ SECONDS_BETWEEN_READS = 1.0
 class Progress:
     """A bar over the steps of each epoch, and a line when it is done.
 
+    If plain, or if the output is no terminal, there are the lines alone.
+
     The mean on the bar is the exact running mean of the epoch, read from the device
     once a second at most; when silent, nothing is read.
     """
 
-    def __init__(self, *, shown: bool, epochs: int, batches: int | None) -> None:
-        self._shown = shown
+    def __init__(
+        self, *, shown: bool | Literal["plain"], epochs: int, batches: int | None
+    ) -> None:
+        self._shown = bool(shown)
+        self._plain = shown == "plain"
         self._epochs = epochs
         self._batches = batches
         self._bar: Any = None
@@ -37,13 +42,13 @@ class Progress:
                 desc=f"Epoch {epoch}/{self._epochs}",
                 unit="batch",
                 leave=False,
-                disable=None,  # not into files
+                disable=self._plain or None,  # None: not into files
             )
             self._next_read = monotonic() + SECONDS_BETWEEN_READS
 
     def step(self, mean: Mean, step: Tensor) -> None:
         """Moves the bar to where so many steps have been made."""
-        if self._bar is None:
+        if self._bar is None or self._bar.disable:
             return
         self._bar.update(int(step) - self._before - self._bar.n)
         if monotonic() >= self._next_read:
@@ -90,6 +95,12 @@ def describe(row: Row, epochs: int) -> str:
     ]
     if row["val_loss"] is not None:
         parts.append(f"val_loss {row['val_loss']:<9.4g}")
+    parts += [
+        f"{name} {value:<9.4g}"
+        for name, value in row.items()
+        if name.startswith("val_") and name not in ("val_loss", "val_se")
+        if value is not None
+    ]
     if row["lr"] is not None:
         parts.append(f"lr {row['lr']:<8.3g}")
     parts.append(f"{row['seconds']:.2f} s of training")

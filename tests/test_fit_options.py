@@ -334,3 +334,18 @@ def test_a_plateau_compares_losses_of_one_kind():
             schedule_by="epoch",
             eval_every=2,
         )
+
+
+# --- progress -------------------------------------------------------------------------
+
+
+def test_plain_progress_is_a_line_per_epoch(capsys):
+    run(epochs=2, progress="plain", val=tuple(data(8, seed=5).tensors))
+    out, err = capsys.readouterr()
+    assert [line.split()[1] for line in out.splitlines()] == ["1/2", "2/2"]
+    assert all("val_loss" in line for line in out.splitlines())
+    assert not err
+    run(epochs=2)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ValueError, match=r"fit\(progress=\.\.\.\) must be True"):
+        run(progress="loud")
