@@ -2,11 +2,11 @@
 
 from importlib.metadata import version
 
-from lossloop import optim
+from lossloop import metrics, optim
 from lossloop._batches import pad_last
 from lossloop._compile import compile_step
 from lossloop._fit import EpochRecord, Result, StepRecord, fit
-from lossloop._fold import EndPass, fold, fold_eval
+from lossloop._fold import EndPass, fold, fold_eval, fold_metrics
 from lossloop._history import History
 from lossloop._losses import batch_mean, loss_pair
 from lossloop._mean import Mean
@@ -38,6 +38,7 @@ __all__ = [
     "fit",
     "fold",
     "fold_eval",
+    "fold_metrics",
     "follow",
     "from_torch",
     "init",
@@ -47,6 +48,7 @@ __all__ = [
     "loss_scale",
     "make_eval_step",
     "make_step",
+    "metrics",
     "objective",
     "optim",
     "pad_last",

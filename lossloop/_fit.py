@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -31,7 +31,7 @@ from lossloop._coupling import (
     coupled_padding,
     coupled_samples,
 )
-from lossloop._fold import EndPass, fold, fold_eval
+from lossloop._fold import EndPass, fold, fold_metrics
 from lossloop._history import History, Row
 from lossloop._mean import Mean
 from lossloop._memory import Indexed, read
@@ -116,6 +116,7 @@ def fit(
     clip_grad_value: float | None = None,
     precision: Precision = "fp32",
     ema: float | None = None,
+    metrics: Mapping[str, Any] | None = None,
     early_stopping: int | EarlyStopping | None = None,
     restore_best: bool = True,
     max_steps: int | None = None,
@@ -165,6 +166,10 @@ def fit(
         ema: Average the weights, keeping this share of the old average in each step,
             like 0.999. Validation measures the average, and the module ends with it;
             between epochs the module holds the weights that are trained.
+        metrics: Functions of the output and the target by name; see `make_eval_step`
+            and `lossloop.metrics`. Measured with the validation loss, in columns
+            `val_<name>`; with `frozen_train_loss` also of the training data, in
+            `train_<name>`.
         early_stopping: Epochs without a lower validation loss after which to end, or
             an `EarlyStopping`, which may watch another column.
         restore_best: Whether to end with the weights of the lowest validation loss.
@@ -254,10 +259,27 @@ def fit(
             None if each is None else PaddedLast(each) for each in (train, val, frozen)
         )
         assert train is not None
-    columns = ["train_loss"]
-    columns += ["val_loss"] * (val is not None)
-    columns += ["frozen_train_loss"] * (frozen is not None)
-    rule = as_early_stopping(early_stopping, columns)
+    eval_step = make_eval_step(goal, metrics, precision=precision)
+    if eval_step.metrics and val is None and frozen is None:
+        raise ValueError(
+            "fit(metrics=...) measures validation data, and there are none. Pass a "
+            "val_loader, or frozen_train_loss=True to measure the training data."
+        )
+    # What is measured with the weights frozen: column, prefix of the metrics, batches.
+    measured = [
+        (column, prefix, batches)
+        for column, prefix, batches in (
+            ("val_loss", "val_", val),
+            ("frozen_train_loss", "train_", frozen),
+        )
+        if batches is not None
+    ]
+    columns = [
+        name
+        for column, prefix, _ in measured
+        for name in (column, *(prefix + metric for metric in eval_step.metrics))
+    ]
+    rule = as_early_stopping(early_stopping, ["train_loss", *columns])
     patience = None if rule is None else Patience(rule)
     step = make_step(
         goal,
@@ -268,7 +290,7 @@ def fit(
         precision=precision,
     )
     # Needs the memory of gradients, so it is done while there is no state yet.
-    batches, unused = _checked(goal, train, val, accumulate)
+    batches, unused = _checked(goal, train, val, accumulate, eval_step)
     params, opt_state = init(goal, formulas, seed=seed, precision=precision, ema=ema)
     groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
     decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
@@ -309,13 +331,12 @@ def fit(
             plan=partial(planned, "training step", steps_planned),
         )
     )
-    lengths = [length(each) for each in (val, frozen) if each is not None]
+    lengths = [length(each) for _, _, each in measured]
     known = [count for count in lengths if count is not None]
     eval_steps = sum(known) * -(-epochs_planned // eval_every)
-    eval_body = make_eval_step(goal, precision=precision).body
     eval_step = EvalStep(
         compiled(
-            eval_body,
+            eval_step.body,
             donate=False,
             plan=partial(
                 planned,
@@ -396,20 +417,20 @@ def fit(
                 "seconds": seconds,
                 "n_train": n_train,
                 "n_val": None,
+                **dict.fromkeys(columns),
             }
             if opt_state.scale:
                 before, skipped = skipped, int(opt_state.scale.skipped)
                 row["skipped"] = skipped - before
-            if frozen is not None:
-                row["frozen_train_loss"] = None
             if epoch % eval_every == 0 or epoch == epochs or ended is not None:
                 bar.validate()
-                if val is not None:
-                    mean = fold_eval(eval_step, shown, val)
-                    row["val_loss"], row["n_val"] = mean.value_and_weight()
-                if frozen is not None:
-                    mean = fold_eval(eval_step, shown, frozen)
-                    row["frozen_train_loss"] = mean.value()
+                for column, prefix, each in measured:
+                    mean, found = fold_metrics(eval_step, shown, each)
+                    row[column], n = mean.value_and_weight()
+                    if each is val:
+                        row["n_val"] = n
+                    for name, value in found.values().items():
+                        row[prefix + name] = value
             history = history.append(row)
             val_loss = row["val_loss"]
             if val_loss is not None and val_loss < best_loss:
@@ -500,6 +521,7 @@ def _checked(
     train: Iterable[Batch],
     val: Iterable[Batch] | None,
     accumulate: int,
+    eval_step: EvalStep,
 ) -> tuple[Iterator[Batch], set[str]]:
     """The training batches, looked at before anything is trained on them.
 
@@ -548,6 +570,8 @@ def _checked(
         goal.check("val_loader, batch 1", params, batch, train=False)
         if isinstance(val, PaddedLast):
             _check_padding("val_loader", goal, params, batch)
+    if eval_step.metrics:
+        eval_step(params, batch)
     if isinstance(iterator, Indexed):
         return iterator, unused
     return itertools.chain([first], iterator), unused

@@ -55,7 +55,7 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,
-        function: Callable[[nn.Module, Batch], LossPair],
+        function: Callable[..., Any],
         *,
         where: str,
         loss_fn: Callable[..., Any] | None = None,
@@ -87,6 +87,20 @@ class Objective:
         """Returns `(loss_sum, n)` in eval mode."""
         result, _ = self._functions[False](params, batch)
         return as_pair(self._where, result)
+
+    def measure(
+        self,
+        params: Params,
+        batch: Batch,
+        look: Callable[[Any, Any, Tensor | None], Any],
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Returns `(loss_sum, n, look(output, targets, weights))` in eval mode.
+
+        The model is called once. Of an objective made by `supervised` only: no other
+        tells its output from its loss.
+        """
+        (pair, seen), _ = self._functions[False](params, batch, look)
+        return *as_pair(self._where, pair), seen
 
     def init(self) -> Params:
         """A detached copy of the model's parameters and buffers."""
@@ -378,9 +392,11 @@ def supervised(model: nn.Module, loss_fn: Callable[..., Any]) -> Objective:
     """
     pair = loss_pair(loss_fn)
 
-    def function(model: Any, batch: Batch) -> LossPair:
+    def function(model: Any, batch: Batch, look: Any = None) -> Any:
         inputs, targets, weights = split_batch(batch)
-        return pair(forward(model, inputs), targets, weights)
+        output = forward(model, inputs)
+        losses = pair(output, targets, weights)
+        return (losses, look(output, targets, weights)) if look else losses
 
     return Objective(model, function, where="supervised", loss_fn=loss_fn)
 

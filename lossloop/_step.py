@@ -1,6 +1,6 @@
 """The step: gradient and update of one batch as one pure function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -38,6 +38,7 @@ from lossloop._types import (
     Params,
     Slots,
 )
+from lossloop.metrics import as_metrics, sums_of
 
 Scale = LossScale | tuple[()]
 
@@ -74,6 +75,24 @@ class Eager(NamedTuple):
         """Calls the function with its random numbers seeded."""
         with seeding():
             return self.function(*args)
+
+
+class Measuring:
+    """The tensor part of an evaluation step with metrics.
+
+    Attributes:
+        metrics: By name, as `as_metrics` makes them.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], metrics: Mapping[str, Any]
+    ) -> None:
+        self._function = function
+        self.metrics = metrics
+
+    def __call__(self, params: Params, batch: Batch) -> Any:
+        """Returns `(loss_sum, n, sums)`."""
+        return self._function(params, batch)
 
 
 class MicroBatches(NamedTuple):
@@ -147,14 +166,22 @@ class TrainStep(NamedTuple):
 class EvalStep(NamedTuple):
     """A pure evaluation step: `eval_step(params, batch)` gives `(loss_sum, n)`.
 
-    The model is in eval mode. A model that draws random numbers even then draws the
-    same ones for every batch.
+    With metrics it gives `(loss_sum, n, sums)`; see `make_eval_step`. The model is in
+    eval mode. A model that draws random numbers even then draws the same ones for every
+    batch.
     """
 
     body: Body
 
-    def __call__(self, params: Params, batch: Batch) -> LossPair:
-        """Returns `(loss_sum, n)`."""
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Those that it adds up, by name."""
+        # Kept by the function, so that a compiled step has them too.
+        function = self.body.function
+        return function.metrics if isinstance(function, Measuring) else {}
+
+    def __call__(self, params: Params, batch: Batch) -> Any:
+        """Returns `(loss_sum, n)`, and the sums of the metrics if there are any."""
 
         def seeding(part: int = 0) -> seeded:
             return seeded(part, device_of(params))
@@ -397,17 +424,30 @@ def make_step(
 
 def make_eval_step(
     objective: Objective | Callable[[Params, Batch], LossPair],
+    metrics: Mapping[str, Any] | None = None,
     *,
     precision: Precision = "fp32",
 ) -> EvalStep:
     """Makes a pure evaluation step, not compiled: eval mode, no gradient.
 
     Args:
-        objective: As for `make_step`.
+        objective: As for `make_step`; with metrics, one that `supervised` made.
+        metrics: Metrics by name. Each is a `Metric`, such as those of
+            `lossloop.metrics`; a function `(output, target)` that returns one value per
+            sample or `(sum, n)`; or an object of torchmetrics. The model is called once
+            for all of them and the loss.
         precision: As for `make_step`; nothing is scaled.
 
     Returns:
-        `eval_step(params, batch) -> (loss_sum, n)`.
+        `eval_step(params, batch) -> (loss_sum, n)`; with metrics
+        `(loss_sum, n, sums)`, where `sums` has by name a tuple of tensors for each
+        `Metric`, which add over batches, and `(output, target)` for each object of
+        torchmetrics. `fold_metrics` takes the step through an epoch.
+
+    Raises:
+        TypeError: If a metric is none, or the objective does not tell its output.
+        ValueError: If the name of a metric cannot be that of a column, or `precision`
+            is unknown.
 
     Example:
         >>> import lossloop as ll
@@ -420,11 +460,28 @@ def make_eval_step(
     check_precision("make_eval_step", precision)
     goal = as_objective(objective)
 
-    def evaluate(params: Params, batch: Batch) -> LossPair:
-        with autocast(precision, params):
-            return goal.evaluate(params, batch)
+    own = {} if metrics is None else as_metrics("make_eval_step", metrics)
+    if not own:
 
-    return EvalStep(Eager(evaluate))
+        def evaluate(params: Params, batch: Batch) -> LossPair:
+            with autocast(precision, params):
+                return goal.evaluate(params, batch)
+
+        return EvalStep(Eager(evaluate))
+    if not isinstance(goal, Objective) or goal.loss_fn is None:
+        raise TypeError(
+            "make_eval_step(metrics=...): metrics need the output of the model, which "
+            "an objective of your own does not tell. Make it with supervised(model, "
+            "loss_fn), or let a function of your own return the metric as "
+            "(loss_sum, n)."
+        )
+    look = sums_of(own)
+
+    def measure(params: Params, batch: Batch) -> tuple[Tensor, Tensor, Any]:
+        with autocast(precision, params):
+            return goal.measure(params, batch, look)
+
+    return EvalStep(Eager(Measuring(measure, own)))
 
 
 def _check_options(accumulate: Any, **bounds: float | None) -> None:

@@ -1,6 +1,6 @@
 """The types that every part of lossloop speaks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -135,6 +135,19 @@ class EvalStepFn(Protocol):
 
     def __call__(self, params: Params, batch: Batch, /) -> LossPair:
         """Returns `(loss_sum, n)`."""
+        ...
+
+
+class MetricStepFn(Protocol):
+    """A pure evaluation step that knows the metrics it adds up."""
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """By name; empty for a step that returns `(loss_sum, n)` only."""
+        ...
+
+    def __call__(self, params: Params, batch: Batch, /) -> Any:
+        """Returns `(loss_sum, n, sums)`, with the sums of each metric by name."""
         ...
 
 

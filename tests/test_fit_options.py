@@ -349,3 +349,127 @@ def test_plain_progress_is_a_line_per_epoch(capsys):
     assert capsys.readouterr() == ("", "")
     with pytest.raises(ValueError, match=r"fit\(progress=\.\.\.\) must be True"):
         run(progress="loud")
+
+
+# --- metrics --------------------------------------------------------------------------
+
+
+def error(output, target):
+    return (output - target).abs().flatten()
+
+
+def test_metrics_are_columns():
+    model, val = net(), list(DataLoader(data(10, seed=5), 4))
+    result = run(
+        model,
+        val=val,
+        metrics={"mae": ll.metrics.mean_absolute_error(), "own": error},
+        frozen_train_loss=True,
+        eval_every=2,
+        restore_best=False,
+        epochs=3,
+    )
+    assert {"val_mae", "val_own", "train_mae", "train_own"} <= set(
+        result.history.columns
+    )
+    last = result.history[-1]
+    for prefix, dataset in (("val_", data(10, seed=5)), ("train_", data())):
+        model.eval()
+        with torch.no_grad():
+            gap = (model(dataset.tensors[0]) - dataset.tensors[1]).abs().mean().item()
+        assert last[prefix + "mae"] == pytest.approx(gap, rel=1e-6)
+        assert last[prefix + "own"] == pytest.approx(gap, rel=1e-6)
+    assert result.history["val_mae"][0] is None
+    plain = run(val=val, epochs=3, restore_best=False, eval_every=2)
+    assert result.history["val_loss"] == plain.history["val_loss"]
+
+
+def test_a_metric_can_end_a_run():
+    val = tuple(data(10, seed=5).tensors)
+    result = run(
+        val=val,
+        metrics={"zero": lambda output, target: 0 * error(output, target)},
+        early_stopping=EarlyStopping(2, on="val_zero", mode="max"),
+        epochs=9,
+    )
+    assert (result.status, len(result.history)) == ("early_stopping", 3)
+
+
+def test_metrics_that_cannot_be_are_refused_before_training():
+    val = tuple(data(10, seed=5).tensors)
+    with pytest.raises(ValueError, match="val_loader, or frozen_train_loss"):
+        run(metrics={"own": error})
+    with pytest.raises(ValueError, match="scalar"):
+        run(val=val, metrics={"own": lambda output, target: output.mean()})
+    with pytest.raises(TypeError, match="accuracy"):
+        run(val=val, metrics="accuracy")
+
+
+# --- all at once ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What would wait for a device; counts of steps and seeds stay on the CPU."""
+    found = []
+
+    def noted(original):
+        def read(tensor, *args):
+            if tensor.dtype != torch.int64 or tensor.ndim:
+                found.append(original.__name__)
+            return original(tensor, *args)
+
+        return read
+
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+    return found
+
+
+def everything(count, epochs=2, **options):
+    seen = []
+    result = run(
+        train=loader(count),
+        val=list(DataLoader(data(8, seed=5), 4)),
+        epochs=epochs,
+        clip_grad_norm=1.0,
+        precision="bf16",
+        ema=0.9,
+        metrics={"mae": ll.metrics.mean_absolute_error(), "own": error},
+        early_stopping=50,
+        max_steps=10_000,
+        max_seconds=1e6,
+        frozen_train_loss=True,
+        on_step=lambda record: seen.append(record.epoch),
+        on_epoch=lambda record: seen.append(record.row),
+        progress="plain",
+        **options,
+    )
+    return result, seen
+
+
+def test_with_everything_on_no_step_reads_a_value(capsys, reads):
+    counts = []
+    for size in (8, 80):
+        reads.clear()
+        everything(size)
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0, "it depends on the number of steps"
+
+
+def test_teeth_a_step_that_reads_is_seen(reads):
+    counts = []
+    for size in (8, 80):
+        reads.clear()
+        run(train=loader(size), on_step=lambda record: record.mean.value())
+        counts.append(len(reads))
+    assert counts[0] < counts[1]
+
+
+def test_with_everything_on_nothing_is_compiled_twice(capsys):
+    before = ll._compile.graphs_compiled()
+    result, seen = everything(24, epochs=5, compile=True)
+    assert result.compiled.compiled
+    # A training step, and an evaluation step.
+    assert ll._compile.graphs_compiled() - before == 2
+    assert len(seen) == 5 * 7
