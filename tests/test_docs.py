@@ -15,6 +15,8 @@ import pytest
 
 import lossloop
 import lossloop.benchmark
+import lossloop.loggers
+import lossloop.probes
 import lossloop.testing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +107,10 @@ def test_every_page_of_docs_is_on_the_map():
     ("heading", "module"),
     [
         ("lossloop", lossloop),
+        ("lossloop.metrics", lossloop.metrics),
         ("lossloop.optim", lossloop.optim),
+        ("lossloop.loggers", lossloop.loggers),
+        ("lossloop.probes", lossloop.probes),
         ("lossloop.testing", lossloop.testing),
         ("lossloop.benchmark", lossloop.benchmark),
     ],

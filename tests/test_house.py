@@ -8,6 +8,8 @@ import pytest
 
 import lossloop as ll
 import lossloop.benchmark
+import lossloop.loggers
+import lossloop.probes
 import lossloop.testing
 
 HOME = Path(ll.__file__).parent
@@ -17,13 +19,13 @@ FLOORS = [
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
     | {"_memory", "_works", "_machine", "_ema"},
     {"_losses", "_optimizers", "_batches", "_progress", "_precision", "_stopping"},
-    {"_objective", "optim", "_schedule"},
+    {"_objective", "optim", "_schedule", "metrics"},
     {"_step", "_fold", "_coupling"},
     {"_products", "_isa"},
     {"_compile", "_plan"},
     {"_scan"},
     {"_fit"},
-    {"_demo", "benchmark"},
+    {"_demo", "benchmark", "probes", "loggers"},
     {"__init__"},
     # Only the command line knows the verifier, which needs Hypothesis.
     {"testing._trees", "testing._factory", "testing._strategies", "testing._search"},
@@ -79,7 +81,9 @@ def test_public_names_are_sorted_and_there():
 
 
 def _documented():
-    for module in (ll, ll.optim, ll.testing, ll.benchmark):
+    for module in (
+        *(ll, ll.benchmark, ll.loggers, ll.metrics, ll.optim, ll.probes, ll.testing),
+    ):
         for name in module.__all__:
             thing = getattr(module, name)
             if callable(thing):
@@ -112,6 +116,8 @@ def test_who_reads_values_on_the_host():
                 readers.setdefault(module, set()).add(node.func.attr)
     assert set(readers) <= {
         "_mean",  # once per epoch
+        "metrics",  # likewise
+        "probes",  # between steps
         "_loss_checks",  # the first batch
         "_objective",  # the first batch
         "_coupling",  # likewise
