@@ -1,10 +1,13 @@
 """Metrics that any batching leaves as they are: sums over samples, and a function."""
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lossloop._loss_checks import class_shapes, same_shape
 from lossloop._losses import loss_pair
@@ -18,6 +21,7 @@ __all__ = [
     "mean_squared_error",
     "perplexity",
     "r2",
+    "standard_error",
     "top_k",
 ]
 
@@ -283,12 +287,62 @@ def perplexity(ignore_index: int = -100) -> Metric:
     return _mean_of(pair)._replace(value=value)
 
 
+def standard_error(loss_fn: Callable[..., Any]) -> Metric:
+    """The standard error of the mean loss, over samples drawn at random.
+
+    As `metrics={"se": standard_error(loss_fn)}` of `fit` it gives the column `val_se`,
+    which `History.plot` draws as a band and `diagnose` weighs differences by.
+
+    The mean is a ratio, sum of s_i / sum of n_i over samples i, and its standard error
+    is sqrt(B / (B - 1) * sum of (s_i - mean * n_i)**2) / sum of n_i for the B samples
+    of n_i > 0 (Cochran, Sampling Techniques, 1977, section 6.4).
+
+    Args:
+        loss_fn: As for `fit`, where samples come first in every tensor of output and
+            target, so that `torch.vmap` can take them apart.
+
+    Returns:
+        The metric, in the unit of the loss; infinite for a single sample.
+
+    Example:
+        >>> error = standard_error(nn.MSELoss())
+        >>> output, target = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)
+        >>> totals = error.sums(output, target, None)
+        >>> round(error.value(totals).item(), 4)  # of the losses 1, 4 and 9
+        2.3333
+    """
+    pair = loss_pair(loss_fn)
+
+    def of_one(output: Any, target: Any, weight: Tensor | None) -> Any:
+        alone = pytree.tree_map_only(
+            Tensor, partial(torch.unsqueeze, dim=0), (output, target, weight)
+        )
+        return pair(*alone)
+
+    def sums(output: Any, target: Any, weights: Tensor | None) -> Sums:
+        in_dims = (0, 0, None if weights is None else 0)
+        s, n = torch.vmap(of_one, in_dims)(output, target, weights)
+        s, n = _widened(s), _widened(n)
+        columns = (s * s, s * n, n * n, n != 0, s, n)
+        return tuple(_widened(column).sum() for column in columns)
+
+    def value(totals: Sums) -> Tensor:
+        ss, sn, squared_n, count, s, n = totals
+        mean = s / n
+        squares = (ss - 2 * mean * sn + mean**2 * squared_n).clamp(min=0)
+        error = (count / (count - 1) * squares).sqrt() / n
+        return error.where(count > 1, math.inf)
+
+    return Metric(sums, value)
+
+
 _READY = {
     accuracy: "accuracy()",
     mean_absolute_error: "mean_absolute_error()",
     mean_squared_error: "mean_squared_error()",
     perplexity: "perplexity()",
     r2: "r2()",
+    standard_error: "standard_error(loss_fn)",
     top_k: "top_k(5)",
 }
 
@@ -358,9 +412,9 @@ def as_metrics(where: str, metrics: Any) -> dict[str, Any]:
                 f"{where}(metrics=...): a metric is named by a word of letters, digits "
                 f"and underscores, as columns are, got {name!r}."
             )
-        if name in ("loss", "se"):
+        if name == "loss":
             raise ValueError(
-                f"{where}(metrics=...): {name!r} is the name of another column. Call "
+                f"{where}(metrics=...): 'loss' is the name of another column. Call "
                 f"the metric something else."
             )
     return {name: as_metric(name, metric) for name, metric in metrics.items()}

@@ -24,6 +24,7 @@ from lossloop.metrics import (
     mean_squared_error,
     perplexity,
     r2,
+    standard_error,
     top_k,
 )
 
@@ -475,7 +476,7 @@ def test_a_metric_of_torchmetrics_is_one_number():
     [
         (accuracy, r"metrics\['x'\] is the function .* Call it: accuracy\(\)\."),
         (top_k, r"Call it: top_k\(5\)\."),
-        ("accuracy", r"is the string 'accuracy'\. Pass one of .* r2\(\), top_k\(5\), "),
+        ("accuracy", r"is the string 'accuracy'\. Pass one of .*, top_k\(5\), "),
         (3, r"metrics\['x'\]: loss_fn is int, which cannot be called"),
         (nn.L1Loss, r"metrics\['x'\]: loss_fn is the class L1Loss"),
         (torchmetrics.MeanSquaredError, r"is the class MeanSquaredError"),
@@ -488,7 +489,7 @@ def test_what_is_no_metric_is_refused(metric, message):
         as_metric("x", metric)
 
 
-@pytest.mark.parametrize("name", ["loss", "se", "top 5", "", 3])
+@pytest.mark.parametrize("name", ["loss", "top 5", "", 3])
 def test_a_name_that_is_no_column_is_refused(name):
     with pytest.raises(ValueError, match=r"make_eval_step\(metrics=\.\.\.\): "):
         step_of({name: accuracy()})
@@ -637,3 +638,61 @@ def test_the_fold_takes_steps_that_know_their_metrics():
         fold_metrics(lambda params, batch: None, {}, [(SCORES, LABELS)])
     with pytest.raises(ValueError, match="batches"):
         fold_metrics(step_of(METRICS), {}, [])
+
+
+# --- the standard error ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sizes", [[23], [10, 10, 3], [1] * 23])
+def test_the_standard_error_is_that_of_a_ratio(sizes, weighted):
+    """By the definition, from the losses of samples that torch gives."""
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(23, 4, generator=draw, dtype=torch.float64)
+    labels = torch.randint(0, 4, (23,), generator=draw)
+    labels[3] = -100
+    weights = torch.rand(23, generator=draw, dtype=torch.float64) if weighted else None
+    class_weights = torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)
+    loss_fn = nn.CrossEntropyLoss(weight=class_weights)
+    error = standard_error(loss_fn)
+    parts = [
+        error.sums(*(None if t is None else t for t in batch))
+        for batch in zip(
+            scores.split(sizes),
+            labels.split(sizes),
+            [None] * len(sizes) if weights is None else weights.split(sizes),
+            strict=True,
+        )
+    ]
+    totals = tuple(map(sum, zip(*parts, strict=True)))
+    s = nn.CrossEntropyLoss(weight=class_weights, reduction="none")(scores, labels)
+    n = class_weights[labels.clamp(min=0)] * (labels != -100)
+    if weights is not None:
+        s, n = s * weights, n * weights
+    apart = s - s.sum() / n.sum() * n
+    expected = (22 / 21 * (apart**2).sum()).sqrt() / n.sum()
+    torch.testing.assert_close(error.value(totals), expected, rtol=1e-12, atol=0)
+
+
+def test_equal_weights_give_the_usual_standard_error():
+    output, target = torch.randn(50, 1).double(), torch.zeros(50, 1).double()
+    error = standard_error(nn.MSELoss())
+    found = error.value(error.sums(output, target, None))
+    expected = (output**2).std() / 50**0.5
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    alone = error.value(error.sums(output[:1], target[:1], None))
+    assert alone == math.inf
+
+
+def test_the_standard_error_compiles_with_the_loss():
+    goal = ll.supervised(nn.Linear(3, 2), nn.CrossEntropyLoss())
+    named = {"se": standard_error(nn.CrossEntropyLoss())}
+    eager = ll.make_eval_step(goal, named)
+    compiled = ll.compile_step(ll.make_eval_step(goal, named), backend="aot_eager")
+    batch = torch.randn(6, 3), torch.randint(0, 2, (6,))
+    for one, other in zip(
+        eager(goal.init(), batch)[2]["se"],
+        compiled(goal.init(), batch)[2]["se"],
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
