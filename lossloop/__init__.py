@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from lossloop import metrics, optim
+from lossloop import metrics, optim, schedules
 from lossloop._batches import pad_last
 from lossloop._compile import compile_step
 from lossloop._fit import EpochRecord, Result, StepRecord, fit
@@ -52,5 +52,6 @@ __all__ = [
     "objective",
     "optim",
     "pad_last",
+    "schedules",
     "supervised",
 ]

@@ -351,7 +351,7 @@ def fit(
                 raise ValueError(f"fit(compile=True): {RNN_HINT}")
 
     why_not = None
-    if schedule_by == "step":
+    if schedule.by == "step":
         why_not = "every step has a rate of the scheduler"
     elif on_step is not None:
         why_not = "on_step is called after every step"
@@ -359,7 +359,7 @@ def fit(
         why_not = "the loss is scaled"
     folding = CompiledFold(step, plan=plans[0], why_not=why_not)
     schedule.begin(
-        opt_state, steps_planned if schedule_by == "step" else epochs_planned
+        opt_state, steps_planned if schedule.by == "step" else epochs_planned
     )
 
     first_step, started, ended = int(opt_state.step), perf_counter(), None
@@ -413,7 +413,7 @@ def fit(
                 "step": int(opt_state.step),
                 "train_loss": train_loss,
                 "val_loss": None,
-                "lr": schedule.rate,
+                "lr": schedule.last_rate(opt_state),
                 "seconds": seconds,
                 "n_train": n_train,
                 "n_val": None,

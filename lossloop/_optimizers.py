@@ -19,6 +19,7 @@ from lossloop._types import (
     Slots,
     accumulator_dtype,
 )
+from lossloop.schedules import check_schedule
 
 TorchOptimizer = torch.optim.Optimizer
 Options = dict[str, Any]
@@ -266,6 +267,7 @@ class _Update(NamedTuple):
 
     rule: Rule
     statics: Sequence[Options]  # of each group
+    schedule: Callable[[Tensor], Tensor] | None = None  # of the rates
 
     def __call__(
         self, grads: Params, slots: Slots, params: Params
@@ -317,12 +319,16 @@ class _Update(NamedTuple):
         self, static: Options, group: Group
     ) -> tuple[Tensor, Callable[[Tensor, Tensor, Params], Change]]:
         """The new count of its steps, and the formula for one of its parameters."""
-        count = group.step + 1
-        scalars = self.rule.scalars(count, group.hyper)
-        decay = group.hyper.get("weight_decay")
+        count, hyper = group.step + 1, group.hyper
+        if self.schedule is not None:
+            # A factor of exp(0), so that it is computed once: see _one_minus_power.
+            factor = self.schedule(group.step) * torch.exp(0 * group.step)
+            hyper = {**hyper, "lr": hyper["lr"] * factor}
+        scalars = self.rule.scalars(count, hyper)
+        decay = hyper.get("weight_decay")
         shrink = None
         if decay is not None and static["decoupled_weight_decay"]:
-            shrink, decay = group.hyper["lr"] * decay, None
+            shrink, decay = hyper["lr"] * decay, None
 
         # Run as it is, every product would convert the scalars once more.
         eager = not torch.compiler.is_compiling()
@@ -554,6 +560,83 @@ def as_optimizer(value: object) -> Optimizer:
         return foreign_update(grads, slots, params, **fixed)
 
     return Optimizer(init, update)
+
+
+def scheduled(optimizer: Any, schedule: Callable[[Tensor], Tensor]) -> Optimizer:
+    """An optimizer whose rates follow a schedule, as a part of its update.
+
+    In each update the `lr` of every parameter group is multiplied by
+    `schedule(step)`, with the number of updates that the group has made. The state
+    keeps the rate itself. An instance with steps made goes on where it was.
+
+    Args:
+        optimizer: Of `lossloop.optim` or `from_torch`, or an instance, class or partial
+            of `torch.optim`.
+        schedule: Of `lossloop.schedules`, or a function of your own: from the number
+            of updates made, (), to the factor, (), in tensor operations.
+
+    Returns:
+        The optimizer, with the same slots.
+
+    Raises:
+        TypeError: If the formulas of the optimizer are not lossloop's, or the schedule
+            is no such function.
+        ValueError: If the optimizer has a schedule already; from `init`, for an
+            instance with momentum of a class that counts no steps (SGD, Muon).
+
+    Example:
+        >>> import lossloop as ll
+        >>> from lossloop.schedules import step
+        >>> optimizer = scheduled(ll.optim.SGD(lr=1.0), step(1, gamma=0.5))
+        >>> params = {"weight": torch.ones(1)}
+        >>> slots = optimizer.init(params)
+        >>> for _ in range(3):
+        ...     updates, slots = optimizer.update(params, slots, params)
+        ...     print(updates["weight"].item())
+        -1.0
+        -0.5
+        -0.25
+    """
+    init, update = as_optimizer(optimizer)
+    if not isinstance(update, _Update):
+        raise TypeError(
+            f"lossloop.optim.scheduled(optimizer=...) must be one of torch.optim or "
+            f"lossloop.optim, whose formulas take a rate, got {optimizer!r}. Schedule "
+            f"others by the means of their own library, or in your own `update`."
+        )
+    if update.schedule is not None:
+        raise ValueError(
+            f"lossloop.optim.scheduled(optimizer=...) follows {update.schedule!r} "
+            f"already. Put schedules one after the other with lossloop.schedules.join, "
+            f"or multiply them in one function."
+        )
+    check_schedule("lossloop.optim.scheduled(schedule=...)", schedule)
+
+    def begin(params: Params) -> Slots:
+        slots = init(params)
+        if not update.rule.counts and any(group.step.item() for group in slots.groups):
+            raise ValueError(
+                f"lossloop.optim.scheduled(optimizer=...) has made steps, and torch "
+                f"did not count them, so nothing says where in {schedule!r} it is. Go "
+                f"on from the opt_state of the run before, or build the optimizer anew."
+            )
+        return slots
+
+    return Optimizer(begin, update._replace(schedule=schedule))
+
+
+def rate_of(optimizer: Optimizer, slots: Any) -> Tensor | None:
+    """The first group's rate in the last step made (the first, if none was), ().
+
+    None if the state is not of lossloop's own formulas.
+    """
+    if not isinstance(slots, Slots):
+        return None
+    group, update = slots.groups[0], optimizer.update
+    rate = group.hyper["lr"]
+    if not isinstance(update, _Update) or update.schedule is None:
+        return rate
+    return rate * update.schedule((group.step - 1).clamp(min=0))
 
 
 def load_opt_state(

@@ -1,24 +1,31 @@
-"""A learning-rate scheduler of torch, stepped once per step or once per epoch."""
+"""A scheduler of torch, stepped once per step or epoch, or a pure schedule."""
 
 import copy
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lossloop._optimizers import as_optimizer, follow, host_hyper
+from lossloop._optimizers import (
+    as_optimizer,
+    follow,
+    host_hyper,
+    rate_of,
+    scheduled,
+)
 from lossloop._types import OptState, Slots
 
 
 class Schedule:
     """Steps a `torch.optim.lr_scheduler` and hands its rates on to the state.
 
-    The scheduler writes into its optimizer's groups, on the host; what changed there
-    becomes new 0-d tensors in the state, so the step is not compiled again.
+    It writes into its optimizer's groups, on the host; what changed there becomes new
+    0-d tensors in the state, so the step is not compiled again. A pure schedule is a
+    part of the update and needs none of this.
 
     Attributes:
-        optimizer: The formulas of the optimizer.
-        rate: Of the first group in the last step; None if that is not known.
+        optimizer: The formulas of the optimizer, with the schedule if it is pure.
+        by: When a scheduler of torch is stepped; None without one.
     """
 
     def __init__(
@@ -26,9 +33,18 @@ class Schedule:
         scheduler: Any,
         by: Literal["step", "epoch"] | None,
         optimizer: Any,
-        eval_every: int = 1,
+        eval_every: int,
     ) -> None:
         self.optimizer = as_optimizer(optimizer)
+        self._pure = callable(scheduler) and not hasattr(scheduler, "optimizer")
+        if self._pure:
+            if by not in (None, "step"):
+                raise ValueError(
+                    f"fit(schedule_by={by!r}): {scheduler!r} is a function of the step. "
+                    f"Leave schedule_by out."
+                )
+            self.optimizer = scheduled(optimizer, cast(Any, scheduler))
+            scheduler = by = None
         if scheduler is not None:
             _check(scheduler, by, optimizer, eval_every)
         elif by is not None:
@@ -36,15 +52,15 @@ class Schedule:
                 f"fit(schedule_by={by!r}) is the unit of a scheduler; pass one."
             )
         self._scheduler: Any = scheduler
-        self._by = by
+        self.by = by
         instance = isinstance(optimizer, torch.optim.Optimizer)
         self._optimizer = optimizer if instance else None
-        self.rate: float | None = None
+        self._rate: float | None = None
 
     def begin(self, opt_state: OptState, steps: int | None) -> None:
         """Notes the rates that a run of so many scheduler steps starts with."""
         if isinstance(opt_state.slots, Slots):
-            self.rate = opt_state.slots.groups[0].hyper["lr"].item()
+            self._rate = opt_state.slots.groups[0].hyper["lr"].item()
         total = getattr(self._scheduler, "total_steps", None)
         if steps is not None and isinstance(total, int):
             left = total - self._scheduler.last_epoch
@@ -52,7 +68,7 @@ class Schedule:
                 raise ValueError(
                     f"fit(scheduler={type(self._scheduler).__name__}) has "
                     f"{left} steps left, but this run makes {steps} with "
-                    f"schedule_by={self._by!r}. Build it with total_steps={steps}."
+                    f"schedule_by={self.by!r}. Build it with total_steps={steps}."
                 )
         if self._optimizer is not None:
             self._followed = host_hyper(self._optimizer)
@@ -78,15 +94,15 @@ class Schedule:
 
     def after_step(self, opt_state: OptState) -> OptState:
         """The state for the next step."""
-        if self._by != "step":
+        if self.by != "step":
             return opt_state
-        self.rate = self._followed[0]["lr"]
+        self._rate = self._followed[0]["lr"]
         self._scheduler.step()
         return self.follow(opt_state)
 
     def after_epoch(self, opt_state: OptState, loss: float) -> OptState:
         """The state for the next epoch; `loss` is for `ReduceLROnPlateau`."""
-        if self._by != "epoch":
+        if self.by != "epoch":
             return opt_state
         plateau = isinstance(self._scheduler, ReduceLROnPlateau)
         self._scheduler.step(*[loss] * plateau)
@@ -100,10 +116,17 @@ class Schedule:
         self._followed = host_hyper(self._optimizer)
         return opt_state
 
+    def last_rate(self, opt_state: OptState) -> float | None:
+        """Of the first group in the last step; None if that is not known."""
+        if self._pure:
+            rate = rate_of(self.optimizer, opt_state.slots)
+            return None if rate is None else rate.item()
+        return self._rate
+
     def begin_epoch(self) -> None:
         """Notes the rate of the epoch's first step."""
         if self._optimizer is not None:
-            self.rate = self._followed[0]["lr"]
+            self._rate = self._followed[0]["lr"]
 
 
 def _check(scheduler: Any, by: str | None, optimizer: Any, eval_every: int) -> None:
@@ -114,8 +137,8 @@ def _check(scheduler: Any, by: str | None, optimizer: Any, eval_every: int) -> N
         )
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
         raise TypeError(
-            f"fit(scheduler=...) must be a torch.optim.lr_scheduler object, got "
-            f"{type(scheduler).__name__}."
+            f"fit(scheduler=...) must be a schedule of lossloop.schedules or a "
+            f"torch.optim.lr_scheduler object, got {type(scheduler).__name__}."
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore
 
-from lossloop._optimizers import from_torch
+from lossloop._optimizers import from_torch, scheduled
 from lossloop._types import Optimizer
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "decay_groups",
+    "scheduled",
 ]
 
 _NORMALISATIONS = (

@@ -109,6 +109,7 @@ def test_every_page_of_docs_is_on_the_map():
         ("lossloop", lossloop),
         ("lossloop.metrics", lossloop.metrics),
         ("lossloop.optim", lossloop.optim),
+        ("lossloop.schedules", lossloop.schedules),
         ("lossloop.loggers", lossloop.loggers),
         ("lossloop.probes", lossloop.probes),
         ("lossloop.testing", lossloop.testing),

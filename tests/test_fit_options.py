@@ -473,3 +473,39 @@ def test_with_everything_on_nothing_is_compiled_twice(capsys):
     # A training step, and an evaluation step.
     assert ll._compile.graphs_compiled() - before == 2
     assert len(seen) == 5 * 7
+
+
+# --- schedules ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", [None, "step"])
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_pure_schedule_is_that_of_torch(by, compile):
+    """And the steps of a fold go on in one call."""
+    ours = run(
+        optimizer=torch.optim.Adam,
+        scheduler=ll.schedules.cosine(24),
+        schedule_by=by,
+        compile=compile,
+    )
+    model = net()
+    adam = torch.optim.Adam(model.parameters())
+    theirs = run(
+        model,
+        optimizer=adam,
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(adam, 24),
+        schedule_by="step",
+    )
+    for column in ("lr", "train_loss"):
+        expected = theirs.history[column]
+        assert ours.history[column] == pytest.approx(expected, rel=1e-5)
+    assert ours.compiled.folded == compile
+
+
+def test_a_pure_schedule_is_refused_where_it_cannot_be():
+    with pytest.raises(ValueError, match="Leave schedule_by out"):
+        run(scheduler=ll.schedules.cosine(24), schedule_by="epoch")
+    with pytest.raises(TypeError, match="must be a function"):
+        run(scheduler=lambda step: 0.5 if step < 3 else 0.1)
+    with pytest.raises(TypeError, match=r"lossloop\.schedules or a"):
+        run(scheduler="cosine", schedule_by="step")

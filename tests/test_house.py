@@ -15,7 +15,7 @@ import lossloop.testing
 HOME = Path(ll.__file__).parent
 # A module may import from floors below its own only.
 FLOORS = [
-    {"_types"},
+    {"_types", "schedules"},
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
     | {"_memory", "_works", "_machine", "_ema"},
     {"_losses", "_optimizers", "_batches", "_progress", "_precision", "_stopping"},
@@ -82,7 +82,7 @@ def test_public_names_are_sorted_and_there():
 
 def _documented():
     for module in (
-        *(ll, ll.benchmark, ll.loggers, ll.metrics, ll.optim, ll.probes, ll.testing),
+        *(ll, ll.benchmark, ll.loggers, ll.metrics, ll.optim, ll.probes, ll.schedules, ll.testing),
     ):
         for name in module.__all__:
             thing = getattr(module, name)
