@@ -2,9 +2,11 @@
 
 from importlib.metadata import version
 
-from lossloop import metrics, optim, schedules
+from lossloop import loggers, metrics, optim, probes, schedules
+from lossloop._baseline import constant_predictor, data_facts
 from lossloop._batches import pad_last
 from lossloop._compile import compile_step
+from lossloop._diagnosis import Diagnosis, Facts, Finding, diagnose
 from lossloop._fit import EpochRecord, Result, StepRecord, fit
 from lossloop._fold import EndPass, fold, fold_eval, fold_metrics
 from lossloop._history import History
@@ -22,9 +24,12 @@ from lossloop._types import Optimizer, OptState
 __version__ = version("lossloop")
 
 __all__ = [
+    "Diagnosis",
     "EarlyStopping",
     "EndPass",
     "EpochRecord",
+    "Facts",
+    "Finding",
     "History",
     "Mean",
     "Objective",
@@ -35,6 +40,9 @@ __all__ = [
     "batch_mean",
     "compile_fold",
     "compile_step",
+    "constant_predictor",
+    "data_facts",
+    "diagnose",
     "fit",
     "fold",
     "fold_eval",
@@ -44,6 +52,7 @@ __all__ = [
     "init",
     "load_opt_state",
     "load_params",
+    "loggers",
     "loss_pair",
     "loss_scale",
     "make_eval_step",
@@ -52,6 +61,7 @@ __all__ = [
     "objective",
     "optim",
     "pad_last",
+    "probes",
     "schedules",
     "supervised",
 ]

@@ -1,20 +1,20 @@
 """The demo: a small conv net on handwritten digits, from data to curves."""
 
-import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lossloop._fit import EpochRecord, Result, fit
-from lossloop._fold import fold_eval
-from lossloop._history import History
-from lossloop._objective import supervised
-from lossloop._step import make_eval_step
+from lossloop._baseline import data_facts
+from lossloop._diagnosis import diagnose
+from lossloop._fit import fit
 from lossloop._works import conv_net
+from lossloop.metrics import accuracy
+from lossloop.optim import AdamW
+from lossloop.schedules import cosine
 
 MISSING = """\
 The demo needs scikit-learn and matplotlib ({error}). Install them with
@@ -38,83 +38,11 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     )
 
 
-def is_right(output: Tensor, target: Tensor) -> Tensor:
-    """1 for each sample whose class is right: a loss whose mean is the accuracy."""
-    return (output.argmax(dim=1) == target).float()
-
-
-def what_the_curves_say(history: History, best_epoch: int, chance: float) -> str:
-    """One plain sentence about the training and the validation loss.
-
-    Args:
-        history: Of the run, with validation losses.
-        best_epoch: The epoch of the lowest validation loss.
-        chance: The loss of a model that knows only how often each class occurs.
-    """
-    last, best = history[-1], history[best_epoch - 1]
-    if last["train_loss"] > 0.9 * chance:
-        return (
-            f"The training loss ({last['train_loss']:.3f}) hardly fell below that of "
-            f"guessing ({chance:.3f}): the model is too simple, or the inputs hold no "
-            f"information about the targets."
-        )
-    if best["val_loss"] > 0.9 * chance:
-        return (
-            f"The training loss fell to {last['train_loss']:.3f}, but the validation "
-            f"loss never fell below that of guessing ({chance:.3f}): the model does "
-            f"not generalise."
-        )
-    parted = last["val_loss"] > 1.2 * best["val_loss"]
-    if parted and last["train_loss"] < best["train_loss"]:
-        return (
-            f"The curves part after epoch {best_epoch}: the training loss went on "
-            f"falling while the validation loss rose from {best['val_loss']:.3f} to "
-            f"{last['val_loss']:.3f}, so from there on the model overfits; the weights "
-            f"of epoch {best_epoch} are restored."
-        )
-    return (
-        f"Both losses fell far below that of guessing ({chance:.3f}), training to "
-        f"{last['train_loss']:.3f} and validation to {best['val_loss']:.3f} without "
-        f"rising again: the model fits the training data and generalises."
-    )
-
-
-def plot(result: Result, accuracy: list[float], path: Path) -> None:
-    """Writes the loss curves, the best epoch marked, and the accuracy below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    history = result.history
-    figure, (losses, right) = plt.subplots(
-        2, 1, sharex=True, figsize=(7, 6), height_ratios=(2, 1), layout="constrained"
-    )
-    losses.plot(history["epoch"], history["train_loss"], "o-", label="training")
-    losses.plot(history["epoch"], history["val_loss"], "s--", label="validation")
-    if result.best_epoch is not None:
-        losses.axvline(
-            result.best_epoch, color="0.6", ls=":", label=f"best: {result.best_epoch}"
-        )
-    losses.set(yscale="log", ylabel="mean cross-entropy (nats)")
-    losses.set_title(
-        "Handwritten digits: training (weights moving) and validation loss"
-    )
-    losses.legend()
-    right.plot(history["epoch"], [100 * a for a in accuracy], "s--", color="C1")
-    right.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    right.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (losses, right):
-        axes.grid(visible=True, alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def demo(epochs: int, device: str, out: Path) -> str:
-    """Trains, prints a line per epoch, writes the curves to `out`.
+    """Trains, prints a line per epoch and what they say, writes the curves to `out`.
 
     Returns:
-        What the two curves say, in one sentence.
+        How it ended.
     """
     try:
         train_set, val_set = digits(seed=0)
@@ -127,46 +55,27 @@ def demo(epochs: int, device: str, out: Path) -> str:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = conv_net(dropout=0.25).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     train_loader = DataLoader(train_set, batch_size=64, shuffle=True)
-    val_loader = DataLoader(val_set, batch_size=256)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=epochs * len(train_loader)
-    )
-    right_step = make_eval_step(supervised(model, is_right))
-    accuracy: list[float] = []
-
-    def print_line(record: EpochRecord) -> None:
-        row = record.row
-        accuracy.append(fold_eval(right_step, record.params, val_loader).value())
-        print(  # noqa: T201  # a program speaks to its user
-            f"Epoch {row['epoch']:{len(str(epochs))}}/{epochs}  "
-            f"train_loss {row['train_loss']:.4f}  val_loss {row['val_loss']:.4f}  "
-            f"accuracy {100 * accuracy[-1]:.2f} %  lr {row['lr']:.1e}  "
-            f"{row['n_train'] / row['seconds']:,.0f} samples/s",
-            flush=True,
-        )
-
     result = fit(
         model,
         nn.CrossEntropyLoss(),
-        optimizer,
+        AdamW(lr=3e-3),
         train_loader,
-        val_loader,
+        DataLoader(val_set, batch_size=256),
         epochs=epochs,
-        scheduler=scheduler,
-        schedule_by="step",
-        progress=False,
-        on_epoch=print_line,
+        scheduler=cosine(epochs * len(train_loader)),
+        metrics={"accuracy": accuracy()},
+        progress="plain",
     )
-    plot(result, accuracy, out)
-    counts = torch.bincount(train_set.tensors[1]).double()
-    frequencies = counts / counts.sum()
-    chance = -(frequencies * frequencies.log()).sum().item()
+    facts = data_facts(model, nn.CrossEntropyLoss(), train_set.tensors, val_set.tensors)
+    history = result.history
+    history.plot(
+        out, diagnosis=diagnose(history, facts=facts), title="Handwritten digits"
+    )
     best = result.best_epoch or epochs
-    said = what_the_curves_say(result.history, best, min(chance, math.log(10)))
+    row = history[best - 1]
     return (
-        f"\nBest epoch {best}: accuracy {100 * accuracy[best - 1]:.2f} %, validation "
-        f"loss {result.history[best - 1]['val_loss']:.4f}. The model has its weights.\n"
-        f"{said}\nThe curves are in {out}."
+        f"Best epoch {best}: accuracy {100 * row['val_accuracy']:.2f} %, validation "
+        f"loss {row['val_loss']:.4f}. The model has its weights.\n"
+        f"The curves are in {out}."
     )

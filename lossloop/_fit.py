@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lossloop._baseline import data_facts
 from lossloop._batches import (
     PaddedLast,
     as_batches,
@@ -31,10 +32,11 @@ from lossloop._coupling import (
     coupled_padding,
     coupled_samples,
 )
+from lossloop._diagnosis import ENOUGH, diagnose
 from lossloop._fold import EndPass, fold, fold_metrics
 from lossloop._history import History, Row
 from lossloop._mean import Mean
-from lossloop._memory import Indexed, read
+from lossloop._memory import Indexed, in_memory, read
 from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
 from lossloop._optimizers import load_opt_state, refresh_opt_state
@@ -187,7 +189,8 @@ def fit(
             other than the first, as of the odd last one, go by count in any case.
         device: Where to move the model first; default, where it is.
         seed: Of dropout and other random layers. Shuffling is the loader's.
-        progress: Whether to show a bar and print a line per epoch; "plain" prints the
+        progress: Whether to show a bar and print a line per epoch, and at the end what
+            the curves say (see `diagnose`, which can be told more); "plain" prints the
             lines alone.
         pad_last: Whether to pad smaller batches, such as the last, to the size of the
             first with samples of weight 0, so that one shape is compiled; see the
@@ -465,6 +468,10 @@ def fit(
         load_opt_state(optimizer, model, opt_state, copy=False)
     params = best if restore_best and best_epoch is not None else shown
     load_params(model, params)
+    if progress and len(history) >= ENOUGH:
+        known = all(in_memory(each) for each in (train, val or []))
+        facts = data_facts(model, goal, train, val) if known else None
+        bar.say(str(diagnose(history, facts=facts)))
     choice = plans[0].choice
     if choice.compiled:
         choice = choice.with_fold(folding.why_not)

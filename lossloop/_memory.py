@@ -106,6 +106,15 @@ def read(batches: Iterable[Batch]) -> Iterator[Batch]:
     return Indexed(tensors, orders, ahead=ahead)
 
 
+def in_memory(batches: Iterable[Batch]) -> bool:
+    """Whether another pass reads nothing but memory."""
+    if isinstance(batches, list | tuple):
+        return True
+    if type(batches) is not DataLoader or not _is_plain(batches):
+        return False
+    return _tensors(batches.dataset) is not None
+
+
 def _is_plain(loader: DataLoader[Any]) -> bool:
     return (
         loader.num_workers == 0

@@ -80,6 +80,11 @@ class Progress:
             self.close()
             tqdm.write(describe(row, self._epochs))
 
+    def say(self, sentence: str) -> None:
+        """Prints the last line of a run."""
+        if self._shown:
+            tqdm.write(sentence)
+
     def close(self) -> None:
         """Removes the bar, on every way out."""
         if self._bar is not None:

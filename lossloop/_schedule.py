@@ -40,8 +40,8 @@ class Schedule:
         if self._pure:
             if by not in (None, "step"):
                 raise ValueError(
-                    f"fit(schedule_by={by!r}): {scheduler!r} is a function of the step. "
-                    f"Leave schedule_by out."
+                    f"fit(schedule_by={by!r}): {scheduler!r} is a function of the "
+                    f"step. Leave schedule_by out."
                 )
             self.optimizer = scheduled(optimizer, cast(Any, scheduler))
             scheduler = by = None

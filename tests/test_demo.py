@@ -8,8 +8,6 @@ from time import perf_counter
 import pytest
 
 from lossloop.__main__ import main
-from lossloop._demo import what_the_curves_say
-from lossloop._history import History
 
 
 @pytest.mark.slow
@@ -35,10 +33,11 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert len(lines) == 20
     for number, line in enumerate(lines, start=1):
         assert re.fullmatch(
-            rf"Epoch +{number}/20  train_loss \d+\.\d{{4}}  val_loss \d+\.\d{{4}}  "
-            r"accuracy \d+\.\d\d %  lr \d\.\de[-+]\d\d  [\d,]+ samples/s",
+            rf"Epoch +{number}/20  train_loss [\d.]+ +val_loss [\d.]+ +"
+            r"val_accuracy [\d.]+ +lr [-\de.]+ +[\d.]+ s of training",
             line,
         )
+    assert "healthy" in done.stdout
     best = re.search(r"Best epoch \d+: accuracy (\d+\.\d\d) %", done.stdout)
     assert best is not None
     assert float(best[1]) >= 97
@@ -74,23 +73,3 @@ def test_help_lists_the_options(capsys):
         main(["demo", "--help"])
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--epochs", "--device", "--out"))
-
-
-@pytest.mark.parametrize(
-    ("train", "val", "words"),
-    [
-        ([2.3, 2.29, 2.28], [2.3, 2.3, 2.3], "too simple, or the inputs hold no"),
-        ([2.0, 0.5, 0.1], [2.4, 2.5, 2.9], "does not generalise"),
-        ([1.0, 0.4, 0.1], [0.9, 0.5, 0.8], "part after epoch 2"),
-        ([1.0, 0.4, 0.1], [0.9, 0.5, 0.2], "fits the training data and generalises"),
-    ],
-)
-def test_what_the_curves_say(train, val, words):
-    rows = [
-        {"epoch": i + 1, "train_loss": t, "val_loss": v}
-        for i, (t, v) in enumerate(zip(train, val, strict=True))
-    ]
-    best = min(range(3), key=lambda i: val[i]) + 1
-    said = what_the_curves_say(History(rows), best, chance=2.3)
-    assert words in said
-    assert said.count(". ") == 0

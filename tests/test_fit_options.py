@@ -10,8 +10,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
-from lossloop import _fit
+from lossloop import _compile, _fit
 from lossloop._stopping import EarlyStopping, Patience
+
+
+@pytest.fixture(autouse=True)
+def _graphs_run_as_they_are(monkeypatch):
+    """What is captured matters here, and not the code that is generated for it."""
+    monkeypatch.setattr(_compile, "inductor", lambda graph, inputs, **_: graph.forward)
 
 
 def net():
@@ -432,6 +438,7 @@ def everything(count, epochs=2, **options):
         train=loader(count),
         val=list(DataLoader(data(8, seed=5), 4)),
         epochs=epochs,
+        scheduler=ll.schedules.cosine(10_000),
         clip_grad_norm=1.0,
         precision="bf16",
         ema=0.9,
@@ -467,12 +474,36 @@ def test_teeth_a_step_that_reads_is_seen(reads):
 
 
 def test_with_everything_on_nothing_is_compiled_twice(capsys):
-    before = ll._compile.graphs_compiled()
+    before = _compile.graphs_compiled()
     result, seen = everything(24, epochs=5, compile=True)
     assert result.compiled.compiled
     # A training step, and an evaluation step.
-    assert ll._compile.graphs_compiled() - before == 2
+    assert _compile.graphs_compiled() - before == 2
     assert len(seen) == 5 * 7
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_last_line_says_what_the_curves_say(capsys, streamed):
+    """With facts about the data if they are in memory, and not read for it if not."""
+
+    class Stream:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([tuple(data(8, seed=5).tensors)])
+
+    val = Stream() if streamed else tuple(data(8, seed=5).tensors)
+    model = net()
+    result = run(model, val=val, epochs=9, progress="plain")
+    *epochs, last = capsys.readouterr().out.splitlines()
+    assert len(epochs) == 9
+    facts = None if streamed else ll.data_facts(model, nn.MSELoss(), loader(), val)
+    assert last == str(ll.diagnose(result, facts=facts))
+    if streamed:
+        silent = Stream()
+        run(val=silent, epochs=9)
+        assert val.passes == silent.passes
 
 
 # --- schedules ------------------------------------------------------------------------

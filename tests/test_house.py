@@ -15,12 +15,12 @@ import lossloop.testing
 HOME = Path(ll.__file__).parent
 # A module may import from floors below its own only.
 FLOORS = [
-    {"_types", "schedules"},
+    {"_types", "schedules", "_plot", "_diagnosis"},
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
     | {"_memory", "_works", "_machine", "_ema"},
     {"_losses", "_optimizers", "_batches", "_progress", "_precision", "_stopping"},
     {"_objective", "optim", "_schedule", "metrics"},
-    {"_step", "_fold", "_coupling"},
+    {"_step", "_fold", "_coupling", "_baseline"},
     {"_products", "_isa"},
     {"_compile", "_plan"},
     {"_scan"},
@@ -82,7 +82,16 @@ def test_public_names_are_sorted_and_there():
 
 def _documented():
     for module in (
-        *(ll, ll.benchmark, ll.loggers, ll.metrics, ll.optim, ll.probes, ll.schedules, ll.testing),
+        *(
+            ll,
+            ll.benchmark,
+            ll.loggers,
+            ll.metrics,
+            ll.optim,
+            ll.probes,
+            ll.schedules,
+            ll.testing,
+        ),
     ):
         for name in module.__all__:
             thing = getattr(module, name)
@@ -117,6 +126,7 @@ def test_who_reads_values_on_the_host():
     assert set(readers) <= {
         "_mean",  # once per epoch
         "metrics",  # likewise
+        "_baseline",  # after a run
         "probes",  # between steps
         "_loss_checks",  # the first batch
         "_objective",  # the first batch
