@@ -130,15 +130,15 @@ class Schedule:
 
 
 def _check(scheduler: Any, by: str | None, optimizer: Any, eval_every: int) -> None:
-    if by not in ("step", "epoch"):
-        raise ValueError(
-            f"fit(scheduler=...) needs its unit: schedule_by='step' calls it after "
-            f"every batch, schedule_by='epoch' after every epoch; got {by!r}."
-        )
     if not hasattr(scheduler, "step") or not hasattr(scheduler, "optimizer"):
         raise TypeError(
             f"fit(scheduler=...) must be a schedule of lossloop.schedules or a "
             f"torch.optim.lr_scheduler object, got {type(scheduler).__name__}."
+        )
+    if by not in ("step", "epoch"):
+        raise ValueError(
+            f"fit(scheduler=...) needs its unit: schedule_by='step' calls it after "
+            f"every batch, schedule_by='epoch' after every epoch; got {by!r}."
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lossloop._batches import (
@@ -49,9 +50,11 @@ __all__ = [
     "Count",
     "NoiseScale",
     "OverfitResult",
+    "PermutationTest",
     "RangeTest",
     "count",
     "gradient_noise_scale",
+    "label_permutation",
     "lr_range_test",
     "overfit_batch",
 ]
@@ -801,6 +804,139 @@ def _scaled(number: int, unit: str) -> str:
     """A number with a unit and its prefix: 4040 as 4.04 kB."""
     power = min(4, max(0, (len(str(number)) - 1) // 3))
     return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}{unit}"
+
+
+# --- is there anything to learn? ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """What `label_permutation` found; `print` it.
+
+    Attributes:
+        val_loss: Lowest validation loss of a model trained on the data as they are.
+        permuted: The same of models trained on permuted targets, in the order trained.
+        permutations: How many were to be trained at most.
+    """
+
+    val_loss: float
+    permuted: tuple[float, ...]
+    permutations: int
+
+    @property
+    def informed(self) -> bool:
+        """Whether no model that was trained on permuted targets did as well."""
+        won = sum(not loss > self.val_loss for loss in self.permuted)
+        return not won and len(self.permuted) == self.permutations
+
+    @property
+    def p_value(self) -> float:
+        """Of no information, `(1 + won) / (1 + trained)`; large if stopped early."""
+        won = sum(not loss > self.val_loss for loss in self.permuted)
+        return (1 + won) / (1 + len(self.permuted))
+
+    def __str__(self) -> str:
+        """In words."""
+        if self.informed:
+            return (
+                f"The inputs say something about the targets: validation loss "
+                f"{self.val_loss:.4g}, against {min(self.permuted):.4g} at best in "
+                f"{len(self.permuted)} trainings on permuted targets "
+                f"(p = {self.p_value:.2g})."
+            )
+        return (
+            f"No information was found: after {len(self.permuted)} trainings on "
+            f"permuted targets one reached a validation loss of "
+            f"{self.permuted[-1]:.4g}, no worse than {self.val_loss:.4g} of the real "
+            f"ones. Check whether inputs and targets belong together; if they do, try "
+            f"other inputs or more samples."
+        )
+
+
+def label_permutation(
+    train: Callable[[Any], float],
+    loader: Any,
+    *,
+    permutations: int = 19,
+    seed: int = 0,
+) -> PermutationTest:
+    """Whether the inputs say anything about the targets: trains on permuted ones too.
+
+    Where they do not, a model trained on targets that were dealt out anew does as well
+    on validation data. Each training costs as much as the first. It ends with the first
+    permuted one that does as well, because p is above 1 / (1 + permutations) then:
+    without information after 3.5 on average of 19 (Ojala and Garriga, 2010).
+
+    Args:
+        train: Trains a fresh model on the data it is given, and returns its lowest
+            validation loss, such as `lambda data: min(fit(make_model(), loss_fn, Adam,
+            data, val_data, epochs=20).history["val_loss"])`.
+        loader: The training data: a tuple of tensors, or a `DataLoader` over a
+            `TensorDataset`; the second tensor holds the targets. It is not read itself:
+            `train` gets the like of it, in the same batches, shuffled if it is.
+        permutations: How many permuted trainings at most; 19 give p = 0.05.
+        seed: Of the permutations, and of the shuffling of a loader.
+
+    Returns:
+        The losses, and what they say.
+
+    Raises:
+        TypeError: If the data are no such thing, or `train` returns no number.
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> from lossloop import probes
+        >>> x = torch.linspace(-1, 1, 40).reshape(-1, 1)
+        >>> def train(data):  # a linear model by least squares, against y = 2 x
+        ...     inputs, targets = data
+        ...     slope = torch.linalg.lstsq(inputs, targets).solution
+        ...     return float(((x @ slope - 2 * x) ** 2).mean())
+        >>> probes.label_permutation(train, (x, 2 * x)).informed
+        True
+    """
+    where = "lossloop.probes.label_permutation"
+    _check_whole(where, "permutations", permutations, 1)
+    _check_whole(where, "seed", seed, 0)
+    tensors = loader if isinstance(loader, tuple) else None
+    if isinstance(loader, DataLoader) and type(loader.dataset) is TensorDataset:
+        tensors = loader.dataset.tensors
+        if loader.batch_size is None:  # a batch sampler of the caller's own
+            tensors = None
+    if tensors is None or len(tensors) < 2:
+        raise TypeError(
+            f"{where}(loader=...) must be a tuple of inputs and targets, or a "
+            f"DataLoader with a batch_size over a TensorDataset of them, got "
+            f"{type(loader).__name__}. Put the data into memory first."
+        )
+    draw = torch.Generator().manual_seed(seed)
+
+    def trained(targets: Tensor) -> float:
+        data: Any = (tensors[0], targets, *tensors[2:])
+        if isinstance(loader, DataLoader):
+            data = DataLoader(
+                TensorDataset(*data),
+                batch_size=loader.batch_size,
+                shuffle=not isinstance(loader.sampler, SequentialSampler),
+                drop_last=loader.drop_last,
+                generator=torch.Generator().manual_seed(seed),
+            )
+        loss = train(data)
+        if isinstance(loss, bool) or not isinstance(loss, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"{where}(train=...) must return the lowest validation loss, a number, "
+                f"got {loss!r}."
+            )
+        return float(loss)
+
+    targets = tensors[1]
+    val_loss = trained(targets)
+    permuted: list[float] = []
+    for _ in range(permutations):
+        order = torch.randperm(len(targets), generator=draw).to(targets.device)
+        permuted.append(trained(targets[order]))
+        if not permuted[-1] > val_loss:
+            break
+    return PermutationTest(val_loss, tuple(permuted), permutations)
 
 
 # --- what all of them do --------------------------------------------------------------

@@ -773,3 +773,103 @@ def test_what_count_refuses(options, message):
 def test_numbers_have_units(number, text):
     found = probes.Count(1, 0, 0, number)
     assert f"memory      {text} of" in str(found)
+
+
+# --- label permutation ----------------------------------------------------------------
+
+
+def lowest_loss(val):
+    def train(data):
+        torch.manual_seed(0)
+        result = ll.fit(
+            nn.Linear(16, 10),
+            CROSS_ENTROPY,
+            ll.optim.Adam(lr=0.05),
+            data,
+            val,
+            epochs=6,
+            compile=False,
+            progress=False,
+        )
+        return min(result.history["val_loss"])
+
+    return train
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_permuted_labels_tell_information_from_none(batched):
+    x, y = digits(160).tensors
+    val = x[96:], y[96:]
+    for inputs, informed in ((x, True), (torch.randn(160, 16), False)):
+        data = inputs[:96], y[:96]
+        if batched:
+            data = DataLoader(TensorDataset(*data), 16, shuffle=True)
+        before = torch.get_rng_state()
+        kept = lowest_loss((inputs[96:], y[96:]) if not informed else val)
+        found = probes.label_permutation(kept, data, permutations=9)
+        assert found.informed == informed
+        assert ("say something" in str(found)) == informed
+        if informed:
+            assert found.p_value == 0.1
+            assert len(found.permuted) == 9
+        if not batched and informed:
+            torch.manual_seed(0)
+            assert torch.equal(y, digits(160).tensors[1]), "the targets were changed"
+        torch.set_rng_state(before)
+
+
+@pytest.mark.parametrize(
+    ("losses", "informed", "p_value"),
+    [
+        ([1.0, 2.0, 2.0, 2.0], True, 1 / 4),
+        ([1.0, 2.0, 1.0], False, 2 / 3),
+        ([1.0, math.nan], False, 1.0),
+        ([math.inf, math.inf], False, 1.0),
+    ],
+)
+def test_it_ends_with_the_first_permutation_that_does_as_well(
+    losses, informed, p_value
+):
+    seen, left = [], iter(losses)
+
+    def train(data):
+        seen.append(data[1])
+        return next(left)
+
+    y = torch.arange(20)
+    found = probes.label_permutation(train, (torch.ones(20, 1), y), permutations=3)
+    assert (found.informed, found.p_value) == (informed, p_value)
+    assert next(left, None) is None, "it went on, or ended too early"
+    assert torch.equal(seen[0], y)
+    for permuted in seen[1:]:
+        assert torch.equal(permuted.sort()[0], y)
+        assert not torch.equal(permuted, y)
+
+
+def test_the_like_of_the_loader_is_passed_on():
+    dataset = TensorDataset(torch.arange(10.0), torch.arange(10), torch.ones(10))
+    seen = []
+
+    def train(data):
+        seen.append(list(data))
+        return float(len(seen))
+
+    probes.label_permutation(train, DataLoader(dataset, 4, drop_last=True))
+    assert [len(inputs) for inputs, _, _ in seen[0]] == [4, 4]
+    assert torch.equal(seen[0][0][0], torch.arange(4.0))
+    assert len(seen) == 20
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        ([torch.ones(3)], {}, TypeError, "Put the data into memory"),
+        ((torch.ones(3),), {}, TypeError, "inputs and targets"),
+        ((torch.ones(3), torch.ones(3)), {"permutations": 0}, ValueError, "at least 1"),
+    ],
+)
+def test_permutations_that_cannot_be_are_refused(data, options, error, message):
+    with pytest.raises(error, match=message):
+        probes.label_permutation(lambda data: 1.0, data, **options)
+    with pytest.raises(TypeError, match="lowest validation loss, a number"):
+        probes.label_permutation(lambda data: "low", (torch.ones(3), torch.ones(3)))
