@@ -311,18 +311,10 @@ def standard_error(loss_fn: Callable[..., Any]) -> Metric:
         >>> round(error.value(totals).item(), 4)  # of the losses 1, 4 and 9
         2.3333
     """
-    pair = loss_pair(loss_fn)
-
-    def of_one(output: Any, target: Any, weight: Tensor | None) -> Any:
-        alone = pytree.tree_map_only(
-            Tensor, partial(torch.unsqueeze, dim=0), (output, target, weight)
-        )
-        return pair(*alone)
+    pairs = sample_pairs(loss_fn)
 
     def sums(output: Any, target: Any, weights: Tensor | None) -> Sums:
-        in_dims = (0, 0, None if weights is None else 0)
-        s, n = torch.vmap(of_one, in_dims)(output, target, weights)
-        s, n = _widened(s), _widened(n)
+        s, n = pairs(output, target, weights)
         columns = (s * s, s * n, n * n, n != 0, s, n)
         return tuple(_widened(column).sum() for column in columns)
 
@@ -345,6 +337,28 @@ _READY = {
     standard_error: "standard_error(loss_fn)",
     top_k: "top_k(5)",
 }
+
+
+def sample_pairs(
+    loss_fn: Callable[..., Any],
+) -> Callable[[Any, Any, Tensor | None], tuple[Tensor, Tensor]]:
+    """Makes a loss return the pair of each sample, two tensors of shape (B,)."""
+    pair = loss_pair(loss_fn)
+
+    def of_one(output: Any, target: Any, weight: Tensor | None) -> Any:
+        alone = pytree.tree_map_only(
+            Tensor, partial(torch.unsqueeze, dim=0), (output, target, weight)
+        )
+        return pair(*alone)
+
+    def pairs(
+        output: Any, target: Any, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        in_dims = (0, 0, None if weights is None else 0)
+        s, n = torch.vmap(of_one, in_dims)(output, target, weights)
+        return _widened(s), _widened(n)
+
+    return pairs
 
 
 def _mean(totals: Sums) -> Tensor:

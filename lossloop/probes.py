@@ -30,8 +30,14 @@ from lossloop._batches import (
 )
 from lossloop._fold import fold
 from lossloop._memory import read
-from lossloop._model import check_functional, device_of
-from lossloop._objective import Objective, supervised
+from lossloop._model import (
+    FunctionalModel,
+    check_functional,
+    device_of,
+    model_params,
+    skeleton,
+)
+from lossloop._objective import Objective, forward, split_batch, supervised
 from lossloop._optimizers import as_optimizer
 from lossloop._random import seeded
 from lossloop._step import TrainStep, init, make_step
@@ -45,18 +51,22 @@ from lossloop._types import (
     StepFn,
     accumulator_dtype,
 )
+from lossloop.metrics import sample_pairs
 
 __all__ = [
+    "Compared",
     "Count",
     "NoiseScale",
     "OverfitResult",
     "PermutationTest",
     "RangeTest",
+    "compare_models",
     "count",
     "gradient_noise_scale",
     "label_permutation",
     "lr_range_test",
     "overfit_batch",
+    "reference_model",
 ]
 
 _OVERFIT_CHUNK = 25  # steps between two looks at the losses
@@ -937,6 +947,138 @@ def label_permutation(
         if not permuted[-1] > val_loss:
             break
     return PermutationTest(val_loss, tuple(permuted), permutations)
+
+
+# --- is the model too simple? ---------------------------------------------------------
+
+
+def reference_model(
+    batch: Batch | Iterable[Batch], outputs: int, *, width: int = 256
+) -> nn.Module:
+    """A plain network to compare a model with: two hidden layers of ReLU.
+
+    Trained as long on the same data, it tells whether the model is too simple, or the
+    rest of its loss is noise; see `compare_models`.
+
+    Args:
+        batch: A batch `(inputs, targets)` or a loader of such; the inputs are one
+            tensor, (B, ...), which is flattened.
+        outputs: Numbers per sample that the loss takes, such as classes.
+        width: Of the hidden layers.
+
+    Returns:
+        The module, B x ... to B x outputs, initialised by torch's generator.
+
+    Raises:
+        TypeError: If the inputs are no tensor of real numbers.
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> from lossloop import probes
+        >>> images, labels = torch.ones(4, 1, 8, 8), torch.zeros(4)
+        >>> probes.reference_model((images, labels), 10)(images).shape
+        torch.Size([4, 10])
+    """
+    where = "lossloop.probes.reference_model"
+    _check_whole(where, "outputs", outputs, 1)
+    _check_whole(where, "width", width, 1)
+    inputs = split_batch(_one_batch(where, batch))[0]
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        kind = getattr(inputs, "dtype", type(inputs).__name__)
+        raise TypeError(
+            f"{where}: the inputs must be one tensor of real numbers, got {kind}. For "
+            f"others, build a model that is larger than yours."
+        )
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs[0].numel(), width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, outputs),
+    ).to(inputs.device, inputs.dtype)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `compare_models` found.
+
+    Attributes:
+        loss: Mean loss of the model.
+        other_loss: Mean loss of the other.
+        z: How surely the other is better: the difference in standard errors, from the
+            losses of the same samples.
+    """
+
+    loss: float
+    other_loss: float
+    z: float
+
+
+def compare_models(
+    model: nn.Module, other: nn.Module, loss_fn: Callable[..., Any], loader: Any
+) -> Compared:
+    """Compares two models by their losses on the same samples, in eval mode.
+
+    As the samples are the same, much smaller differences are seen than two means with
+    their standard errors would show. For `diagnose`, of a run of `model`: `facts=
+    facts._replace(reference_val_loss=found.other_loss, reference_z=found.z)`.
+
+    Args:
+        model: The one; not changed.
+        other: The other, likewise.
+        loss_fn: As for `fit`, where samples come first in every tensor.
+        loader: Data that neither was trained on, as for `fit`.
+
+    Returns:
+        Both means, and how surely they differ.
+
+    Raises:
+        ValueError: If there are no batches, or fewer than two samples that count.
+        TypeError: For things of the wrong kind.
+
+    Example:
+        >>> from lossloop import probes
+        >>> x = torch.tensor([[1.0], [2.0], [4.0]])
+        >>> exact, off = nn.Identity(), nn.Hardtanh()
+        >>> found = probes.compare_models(off, exact, nn.MSELoss(), (x, x))
+        >>> round(found.loss, 3), found.other_loss, round(found.z, 3)
+        (3.333, 0.0, 1.17)
+    """
+    where = "lossloop.probes.compare_models"
+    pairs = sample_pairs(loss_fn)
+    pure: list[tuple[Params, FunctionalModel]] = []
+    for each in (model, other):
+        check_functional(where, each)
+        body = FunctionalModel(skeleton(each, train=False), forward)
+        pure.append((model_params(each), body))
+    found: list[Tensor] = []
+    name = f"{where}: loader"
+    with torch.no_grad(), _in_place(loader):
+        for batch in read(as_batches(name, loader, passes=1)):
+            columns: list[Tensor] = []
+            for params, body in pure:
+                device = device_of(params)
+                inputs, targets, weights = split_batch(to_device(batch, device))
+                with seeded(0, device):
+                    output = body(params, inputs)[0]
+                columns += pairs(output, targets, weights)
+            found.append(torch.stack([column.cpu() for column in columns]))
+    if not found:
+        raise no_batches(name)
+    s, n, other_s, _ = torch.cat(found, 1)
+    counted = int((n != 0).sum())
+    if counted < 2:
+        raise ValueError(f"{where}: two samples of weight are needed, got {counted}.")
+    apart = s - other_s
+    mean = apart.sum() / n.sum()
+    spread = (counted / (counted - 1) * ((apart - mean * n) ** 2).sum()).sqrt()
+    error = spread / n.sum()
+    # No error: all samples differ by the same, or not at all.
+    z = float(mean / error) if error else (math.inf if mean > 0 else -math.inf)
+    return Compared(
+        float(s.sum() / n.sum()), float(other_s.sum() / n.sum()), z if mean else 0.0
+    )
 
 
 # --- what all of them do --------------------------------------------------------------

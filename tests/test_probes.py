@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -873,3 +874,70 @@ def test_permutations_that_cannot_be_are_refused(data, options, error, message):
         probes.label_permutation(lambda data: 1.0, data, **options)
     with pytest.raises(TypeError, match="lowest validation loss, a number"):
         probes.label_permutation(lambda data: "low", (torch.ones(3), torch.ones(3)))
+
+
+# --- a reference model ----------------------------------------------------------------
+
+
+def test_models_are_compared_on_the_same_samples():
+    """As by scipy's paired t-test."""
+    x, y = torch.randn(41, 3).double(), torch.randn(41, 1).double()
+    one, other = (
+        nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5)).double() for _ in "ab"
+    )
+    loader = DataLoader(TensorDataset(x, y), 8)
+    found = probes.compare_models(one, other, nn.MSELoss(), loader)
+    with torch.no_grad():
+        losses = [((each[0](x) - y) ** 2).flatten().numpy() for each in (one, other)]
+    assert found.loss == pytest.approx(losses[0].mean(), rel=1e-12)
+    assert found.other_loss == pytest.approx(losses[1].mean(), rel=1e-12)
+    assert found.z == pytest.approx(stats.ttest_rel(*losses).statistic, rel=1e-9)
+    turned = probes.compare_models(other, one, nn.MSELoss(), loader)
+    assert turned.z == pytest.approx(-found.z)
+    assert probes.compare_models(one, one, nn.MSELoss(), loader).z == 0
+    assert one.training
+    assert other.training
+
+
+def test_a_linear_model_of_rings_is_too_simple():
+    """The reference tells, and the diagnosis says so."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 2, generator=generator)
+    y = (x.norm(dim=1) > 1.2).long()
+    train, val = (x[:200], y[:200]), (x[200:], y[200:])
+
+    def fitted(model):
+        return ll.fit(
+            model,
+            CROSS_ENTROPY,
+            ll.optim.Adam(lr=0.02),
+            train,
+            val,
+            epochs=40,
+            compile=False,
+            progress=False,
+        )
+
+    torch.manual_seed(0)
+    model, reference = nn.Linear(2, 2), probes.reference_model(train, 2, width=32)
+    result = fitted(model)
+    fitted(reference)
+    found = probes.compare_models(model, reference, CROSS_ENTROPY, val)
+    assert found.other_loss < found.loss
+    assert found.z > 3
+    facts = ll.Facts(reference_val_loss=found.other_loss, reference_z=found.z)
+    names = [f.name for f in ll.diagnose(result, facts=facts).findings]
+    assert "too_simple" in names
+    alone = [f.name for f in ll.diagnose(result).findings]
+    assert "too_simple" not in alone
+
+
+def test_references_that_cannot_be_are_refused():
+    words = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4)
+    with pytest.raises(TypeError, match="one tensor of real numbers"):
+        probes.reference_model(words, 2)
+    with pytest.raises(ValueError, match="outputs"):
+        probes.reference_model((torch.ones(2, 2), torch.ones(2)), 0)
+    model, one = nn.Linear(2, 1), (torch.ones(1, 2), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="two samples"):
+        probes.compare_models(model, model, nn.MSELoss(), one)
