@@ -23,12 +23,13 @@ from lossloop._batches import (
     PaddedLast,
     as_batches,
     generators_kept,
+    in_order,
     no_batches,
     rows,
     taken,
     to_device,
 )
-from lossloop._fold import fold
+from lossloop._fold import fold, fold_eval
 from lossloop._memory import read
 from lossloop._model import (
     FunctionalModel,
@@ -40,7 +41,7 @@ from lossloop._model import (
 from lossloop._objective import Objective, forward, split_batch, supervised
 from lossloop._optimizers import as_optimizer
 from lossloop._random import seeded
-from lossloop._step import TrainStep, init, make_step
+from lossloop._step import TrainStep, init, make_eval_step, make_step
 from lossloop._types import (
     Batch,
     Carry,
@@ -60,10 +61,12 @@ __all__ = [
     "OverfitResult",
     "PermutationTest",
     "RangeTest",
+    "RateFork",
     "compare_models",
     "count",
     "gradient_noise_scale",
     "label_permutation",
+    "lower_rate",
     "lr_range_test",
     "overfit_batch",
     "reference_model",
@@ -1079,6 +1082,117 @@ def compare_models(
     return Compared(
         float(s.sum() / n.sum()), float(other_s.sum() / n.sum()), z if mean else 0.0
     )
+
+
+# --- is the rate too high? ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RateFork:
+    """What `lower_rate` found; `print` it.
+
+    Attributes:
+        loss: Training loss, weights frozen, after going on with the rate.
+        lower_loss: The same after going on with the lower rate.
+        divisor: By which that is lower.
+    """
+
+    loss: float
+    lower_loss: float
+    divisor: float
+
+    @property
+    def too_high(self) -> bool:
+        """Whether the lower rate came to a loss that is 5 % lower, or alone to one."""
+        if not math.isfinite(self.loss):
+            return math.isfinite(self.lower_loss)
+        return self.loss - self.lower_loss >= 0.05 * abs(self.loss) > 0
+
+    def __str__(self) -> str:
+        """In words."""
+        verdict = (
+            "The rate is too high for where the run is: let it fall, or start lower."
+            if self.too_high
+            else "The rate is not too high."
+        )
+        return (
+            f"{verdict} From the same weights and in the same order, the training loss "
+            f"came to {self.loss:.4g}, and to {self.lower_loss:.4g} with the rate "
+            f"divided by {self.divisor:g}."
+        )
+
+
+def lower_rate(
+    model: nn.Module,
+    loss_fn: Callable[..., Any],
+    optimizer: Any,
+    loader: Iterable[Batch],
+    *,
+    params: Params,
+    opt_state: OptState,
+    epochs: int = 1,
+    divisor: float = 10.0,
+) -> RateFork:
+    """Goes on from a state twice, with its rate and with a lower one.
+
+    Both forks see the same batches in the same order and draw the same random numbers,
+    so that the rate is all they differ by. After a rate that only stirs the weights the
+    lower one comes to a lower loss at once.
+
+    Args:
+        model: Stays as it is.
+        loss_fn: As for `fit`.
+        optimizer: The one of the run, as for `fit`.
+        loader: The training data, which can be read several times.
+        params: To go on from, such as `result.params` of a `fit` with
+            `restore_best=False`, or a copy of those of an `EpochRecord`.
+        opt_state: That belongs to them.
+        epochs: How long to go on.
+        divisor: Of the rate.
+
+    Returns:
+        Both losses, and what they say.
+
+    Raises:
+        ValueError: If a number is out of range, or the loader is empty or an iterator.
+        TypeError: If the state is not of an optimizer of torch or lossloop.
+
+    Example:
+        >>> import lossloop as ll
+        >>> from lossloop import probes
+        >>> model, data = nn.Linear(1, 1), (torch.ones(4, 1), torch.zeros(4, 1))
+        >>> sgd = ll.optim.SGD(lr=0.499)  # from 0.5 on it would diverge
+        >>> result = ll.fit(model, nn.MSELoss(), sgd, data, epochs=3, progress=False)
+        >>> found = probes.lower_rate(
+        ...     model, nn.MSELoss(), sgd, data,
+        ...     params=result.params, opt_state=result.opt_state,
+        ... )
+        >>> found.too_high
+        True
+    """
+    where = "lossloop.probes.lower_rate"
+    _check_whole(where, "epochs", epochs, 1)
+    _check_number(where, "divisor", divisor, 1.0, math.inf)
+    goal = _goal(where, model, loss_fn)
+    if not isinstance(opt_state.slots, Slots):
+        raise TypeError(
+            f"{where}(opt_state=...) has no rates: its slots are of type "
+            f"{type(opt_state.slots).__name__}. Use an optimizer of torch or lossloop."
+        )
+    batches = as_batches(f"{where}: loader", loader, 2 * epochs + 2)
+    step, eval_step = make_step(goal, as_optimizer(optimizer)), make_eval_step(goal)
+    losses: list[float] = []
+    for factor in (1.0, divisor):
+        groups = tuple(
+            group._replace(hyper={**group.hyper, "lr": group.hyper["lr"] / factor})
+            for group in opt_state.slots.groups
+        )
+        now, state = params, opt_state._replace(slots=Slots(groups))
+        with _in_place(loader):
+            for _ in range(epochs):
+                now, state, _ = fold(step, now, state, batches)
+        losses.append(fold_eval(eval_step, now, in_order(batches)).value())
+    return RateFork(losses[0], losses[1], float(divisor))
 
 
 # --- what all of them do --------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The probes: what they find where it is known, and that they leave no trace."""
 
 import copy
+import functools
 import itertools
 import math
 import random
@@ -941,3 +942,69 @@ def test_references_that_cannot_be_are_refused():
     model, one = nn.Linear(2, 1), (torch.ones(1, 2), torch.ones(1, 1))
     with pytest.raises(ValueError, match="two samples"):
         probes.compare_models(model, model, nn.MSELoss(), one)
+
+
+# --- a lower rate ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "too_high"), [(0.999, True), (1.02, True), (0.2, False)]
+)
+def test_a_rate_near_its_limit_is_too_high(share, too_high):
+    """Gradient descent on a quadratic diverges from 2 / largest curvature on."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, generator=generator).double()
+    y = (x @ torch.tensor([1.0, 2.0, 3.0, 4.0]).double()).unsqueeze(1)
+    curvature = 2 * torch.linalg.eigvalsh(x.T @ x / 64)[-1].item()
+    model = nn.Linear(4, 1, bias=False).double()
+    sgd = ll.optim.SGD(lr=share * 2 / curvature)
+    if not too_high:  # at a minimum that is not zero, no rate is better
+        y = y + torch.randn(64, 1, generator=generator).double()
+    epochs = 100  # then only the steepest direction is left
+    result = ll.fit(
+        model, nn.MSELoss(), sgd, (x, y), epochs=epochs, progress=False, compile=False
+    )
+    state = {"params": result.params, "opt_state": result.opt_state}
+    kept = copy.deepcopy(state)
+    found = probes.lower_rate(model, nn.MSELoss(), sgd, (x, y), **state, epochs=3)
+    assert found.too_high == too_high
+    assert ("is too high" in str(found)) == too_high
+    assert torch.equal(result.params["weight"], kept["params"]["weight"])
+
+
+def test_forks_differ_by_the_rate_alone():
+    torch.manual_seed(0)
+    model = network(dropout=0.5)
+    data = DataLoader(digits(), 16, shuffle=True, generator=torch.Generator())
+    adam = torch.optim.Adam(model.parameters())
+    goal = ll.supervised(model, CROSS_ENTROPY)
+    params, opt_state = ll.init(goal, adam)
+    before = data.generator.get_state(), torch.get_rng_state()
+    state = {"params": params, "opt_state": opt_state}
+    first, again = (
+        probes.lower_rate(model, CROSS_ENTROPY, adam, data, **state, divisor=d)
+        for d in (2.0, 4.0)
+    )
+    assert first.loss == again.loss
+    assert first.lower_loss < again.lower_loss
+    assert torch.equal(data.generator.get_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_forks_that_cannot_be_are_refused():
+    model, data = nn.Linear(2, 1), (torch.ones(4, 2), torch.ones(4, 1))
+    goal = ll.supervised(model, nn.MSELoss())
+    params, opt_state = ll.init(goal, ll.optim.SGD())
+    state = {"params": params, "opt_state": opt_state}
+    call = functools.partial(
+        probes.lower_rate, model, nn.MSELoss(), ll.optim.SGD(), data
+    )
+    with pytest.raises(ValueError, match="divisor"):
+        call(**state, divisor=1.0)
+    with pytest.raises(ValueError, match="epochs"):
+        call(**state, epochs=0)
+    with pytest.raises(TypeError, match="has no rates"):
+        call(params=params, opt_state=opt_state._replace(slots={}))
+    found = probes.RateFork(math.nan, 1.0, 10.0)
+    assert found.too_high
+    assert not probes.RateFork(math.nan, math.nan, 10.0).too_high
