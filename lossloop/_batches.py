@@ -94,9 +94,8 @@ def length(loader: Iterable[Batch]) -> int | None:
         return None
 
 
-@contextmanager
-def generators_kept(loader: Any) -> Generator[None]:
-    """Puts every generator that reading a loader may move back to where it was."""
+def own_generators(loader: Any) -> list[torch.Generator]:
+    """The generators of torch that reading a loader may move, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = (
         loader,
@@ -106,8 +105,15 @@ def generators_kept(loader: Any) -> Generator[None]:
     )
     candidates = [torch.default_generator]
     candidates += [getattr(owner, "generator", None) for owner in owners]
-    own = {id(g): g for g in candidates if isinstance(g, torch.Generator)}
-    states = [(g, g.get_state()) for g in own.values()]
+    return list(
+        {id(g): g for g in candidates if isinstance(g, torch.Generator)}.values()
+    )
+
+
+@contextmanager
+def generators_kept(loader: Any) -> Generator[None]:
+    """Puts every generator that reading a loader may move back to where it was."""
+    states = [(g, g.get_state()) for g in own_generators(loader)]
     try:
         with host_generators_kept():
             yield

@@ -247,6 +247,7 @@ class Compiled:
 
     Attributes:
         function: What is compiled.
+        watching: What is compiled in a loop, if that is something else.
     """
 
     def __init__(
@@ -257,6 +258,7 @@ class Compiled:
         backend: str | Callable[..., Any] = "inductor",
         plan: Plan | None = None,
         in_place: Callable[..., Any] | None = None,
+        watching: Callable[..., Any] | None = None,
     ) -> None:
         """Compiles nothing yet.
 
@@ -267,8 +269,10 @@ class Compiled:
             plan: Who decides whether to compile; None to do so in any case.
             in_place: The function as it runs where the plan says not to compile, if it
                 may donate.
+            watching: The function as it is compiled in a loop; see `Eager`.
         """
         self.function = function
+        self.watching = watching
         self._in_place = in_place if donate and plan is not None else None
         self._written = _donating(function, donate) if donate else function
         self._donate = donate
@@ -499,6 +503,7 @@ def compiled(
             backend=backend,
             plan=own_plan,
             in_place=body.in_place if isinstance(body, Eager) else None,
+            watching=body.watching if isinstance(body, Eager) else None,
         )
 
     state = 2 if donate else 0

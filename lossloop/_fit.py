@@ -1,15 +1,18 @@
 """The front door: a whole training run, arranged from the public parts."""
 
 import itertools
+import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lossloop._baseline import data_facts
@@ -17,7 +20,9 @@ from lossloop._batches import (
     PaddedLast,
     as_batches,
     first,
+    generators_kept,
     in_order,
+    is_one_shot,
     length,
     no_batches,
     peek,
@@ -34,24 +39,46 @@ from lossloop._coupling import (
 )
 from lossloop._diagnosis import ENOUGH, diagnose
 from lossloop._fold import EndPass, fold, fold_metrics
+from lossloop._gate import NonFiniteError, gate_of, names_not_finite, on_host
 from lossloop._history import History, Row
+from lossloop._interruption import Interruption
+from lossloop._journal import Journal
 from lossloop._mean import Mean
 from lossloop._memory import Indexed, in_memory, read
 from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
 from lossloop._optimizers import load_opt_state, refresh_opt_state
+from lossloop._order import Generators, after
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
-from lossloop._precision import Precision
+from lossloop._precision import Precision, autocast
 from lossloop._progress import Progress
-from lossloop._scan import CompiledFold
+from lossloop._random import mix, seeded
+from lossloop._run import Best, Run
+from lossloop._scan import LENGTH, CompiledFold
 from lossloop._schedule import Schedule
 from lossloop._step import EvalStep, TrainStep, init, make_eval_step, make_step
 from lossloop._stopping import EarlyStopping, Patience, as_early_stopping
 from lossloop._types import Batch, OptState, Params, Slots
+from lossloop._watch import Watch
 
 # Numbers in the state of an optimizer instance, up to which it is brought up to date
 # after each epoch. Beyond, a second copy of them would take too much memory.
 LARGEST_COPIED = 1e7
+
+_LOADERS = {"val_loss": "val_loader"}  # that a column is measured on
+
+SMALLER = """\
+The gradients were finite, and the numbers grew too large. The module holds the \
+weights of the last finished epoch. Lower the learning rate, or bound the gradient \
+(clip_grad_norm=1.0)."""
+SKIP_OR_SMALLER = """\
+Nothing of it has reached the weights; the module holds those of the last finished \
+epoch. Look at the batch; lower the learning rate or bound the gradient \
+(clip_grad_norm=1.0); or have a few such steps left out (skip_nonfinite=10)."""
+NO_BEST = """\
+It was finite after no epoch, so that there are no best weights; the module holds \
+those of the last finished epoch. Look at the validation data and at what the loss \
+does with the model in eval mode."""
 
 
 class StepRecord(NamedTuple):
@@ -84,7 +111,11 @@ class Result:
             validation data, or if no validation loss was a number.
         compiled: Whether the training step was compiled, and why.
         status: "finished", or what ended the run before its last epoch:
-            "early_stopping", "max_steps", "max_seconds", "on_step" or "on_epoch".
+            "early_stopping", "max_steps", "max_seconds", "on_step", "on_epoch" or
+            "interrupted". An interrupted epoch has no row.
+        resume_exact: Whether a run that was resumed has the bits of one that was not
+            interrupted; True for one that was not resumed.
+        resume_reason: Why not.
     """
 
     history: History
@@ -93,6 +124,8 @@ class Result:
     best_epoch: int | None
     compiled: CompileChoice
     status: str
+    resume_exact: bool = True
+    resume_reason: str = ""
 
     def __repr__(self) -> str:
         """The history and what was decided, without the weights."""
@@ -130,8 +163,12 @@ def fit(
     seed: int = 0,
     progress: bool | Literal["plain"] = True,
     pad_last: bool = False,
+    skip_nonfinite: int = 0,
     on_step: Callable[[StepRecord], object] | None = None,
     on_epoch: Callable[[EpochRecord], object] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int | None = None,
+    resume: bool = False,
 ) -> Result:
     """Trains a model, and reports losses that are exact.
 
@@ -142,6 +179,15 @@ def fit(
     instance and a scheduler: after an exception, another call goes on from there. (An
     instance with more than ten million numbers of state is not written to before the
     end, and then has the tensors of the result: a copy would take too much memory.)
+
+    Numbers that are not finite never reach the weights: a step whose loss or gradient
+    is not finite changes nothing, and ends the run (see `skip_nonfinite`). Ctrl-C and
+    SIGTERM end it after the step that is being made, with the status "interrupted",
+    saved if there is a `checkpoint`; a second one raises KeyboardInterrupt at once.
+
+    With `checkpoint` the run can go on in another process, after an interruption as
+    after a crash, with the same bits as if nothing had happened:
+    `fit(..., checkpoint="run", resume=True)`, over and over until it is finished.
 
     Args:
         model: The module to train.
@@ -196,11 +242,22 @@ def fit(
             first with samples of weight 0, so that one shape is compiled; see the
             function `pad_last`. Batches must be (inputs, targets), with or without
             weights, and samples must not act on each other.
+        skip_nonfinite: How many steps whose loss or gradient is not finite may be
+            skipped; the history then has a column `skipped`, and the losses are
+            reported as they were. With one more, or by default the first, the run ends
+            with a `NonFiniteError`.
         on_step: Called with a `StepRecord` after each step; steps are then made one by
             one. May end the run by returning "stop".
         on_epoch: Called with an `EpochRecord` after each epoch. It may change rates in
             the groups of a torch optimizer, and end the run by returning "stop". What
             it changes in the model is not seen: the run has a copy.
+        checkpoint: A directory of the run's own, where it is saved; the last two
+            checkpoints are kept. `load` reads them, and safetensors the weights.
+        save_every: Steps after which to save; default, after each epoch.
+        resume: Whether to go on from the last checkpoint there that is undamaged, if
+            there is one. Everything else must be as it was: what makes it another run
+            is refused, and what may round differently is warned of and in the result.
+            What callbacks hold is theirs to restore.
 
     Returns:
         The history, the weights, and what was decided.
@@ -213,6 +270,10 @@ def fit(
             at; those of validation only if that takes no worker processes and the
             loader is no iterator. Also if a mean turns out to have no weight.
         TypeError: Likewise, for things of the wrong kind.
+        NonFiniteError: If a loss, a gradient or the state stops being finite, or no
+            validation loss was finite.
+        CheckpointMismatch: If what is resumed is another run.
+        CheckpointCorrupt: If there are checkpoints, and none can be read.
 
     Example:
         >>> import lossloop as ll
@@ -230,6 +291,7 @@ def fit(
     _check_counts(epochs=epochs, eval_every=eval_every, seed=seed)
     if max_steps is not None:
         _check_counts(max_steps=max_steps)
+    _check_checkpoint(checkpoint, save_every, resume)
     _check_options(max_seconds, compile, progress, on_step=on_step, on_epoch=on_epoch)
     check_functional("fit", model)
     schedule = Schedule(scheduler, schedule_by, optimizer, eval_every)
@@ -293,8 +355,18 @@ def fit(
         precision=precision,
     )
     # Needs the memory of gradients, so it is done while there is no state yet.
-    batches, unused = _checked(goal, train, val, accumulate, eval_step)
-    params, opt_state = init(goal, formulas, seed=seed, precision=precision, ema=ema)
+    generators = Generators.now(train)
+    watch = Watch(goal)
+    batches, unused = _checked(goal, train, val, accumulate, eval_step, watch)
+    params, opt_state = init(
+        goal,
+        formulas,
+        seed=seed,
+        precision=precision,
+        ema=ema,
+        skip_nonfinite=skip_nonfinite,
+    )
+    never_finite = set(names_not_finite((params, opt_state.carry)))
     groups = opt_state.slots.groups if isinstance(opt_state.slots, Slots) else ()
     decayed = {name for g in groups if "weight_decay" in g.hyper for name in g.moments}
     if decayed & unused:
@@ -348,6 +420,7 @@ def fit(
             ),
         )
     )
+    signals = Interruption()
     if has_rnn(model):
         for plan in plans:
             if not plan.give_up(" ".join(RNN_HINT.split())):
@@ -360,31 +433,84 @@ def fit(
         why_not = "on_step is called after every step"
     elif precision == "fp16":
         why_not = "the loss is scaled"
-    folding = CompiledFold(step, plan=plans[0], why_not=why_not)
-    schedule.begin(
-        opt_state, steps_planned if schedule.by == "step" else epochs_planned
-    )
+    noting, heeding = _Noting(step), _Heeding(eval_step, signals)
+    # The calls of a compiled fold end where a checkpoint is due.
+    size = LENGTH
+    if save_every is not None:
+        size = -(-save_every // -(-save_every // LENGTH))
+    folding = CompiledFold(noting, plan=plans[0], why_not=why_not, length=size)
+    run_pass = folding if on_step is None else partial(fold, noting)
 
-    first_step, started, ended = int(opt_state.step), perf_counter(), None
-    now = params  # after the step that on_step is called for
+    journal = None
+    if checkpoint is not None:
+        journal = Journal(
+            checkpoint,
+            resume=resume,
+            every=save_every,
+            train=train,
+            settings={
+                "seed": int(seed),
+                "device": str(device_of(params)),
+                "compile": str(compile),
+                "precision": precision,
+                "accumulate": int(accumulate),
+                "clip_grad_norm": clip_grad_norm,
+                "clip_grad_value": clip_grad_value,
+                "loss": type(goal.loss_fn or goal).__name__,
+            },
+        )
 
-    def noted(params: Params, opt_state: OptState, batch: Batch) -> Any:
-        nonlocal now
-        result = step(params, opt_state, batch)
-        now = result[0]
-        return result
+    history, best_epoch, best = History(), None, params
+    best_loss, skipped = float("inf"), 0
+    first_step = epoch_step = int(opt_state.step)
+    started = start = perf_counter()
+    ended: str | None = None
 
-    run = folding if on_step is None else partial(fold, noted)
+    def written(opt_state: OptState, epoch: int, mean: Mean | None = None) -> Run:
+        """The run after so many epochs and the batches in `mean`."""
+        return Run(
+            noting.params,
+            opt_state,
+            epoch,
+            0 if mean is None else int(opt_state.step) - epoch_step,
+            mean,
+            history,
+            None if best_epoch is None else Best(best_epoch, best_loss, best),
+            {
+                "first_step": first_step,
+                "epoch_step": epoch_step,
+                "seconds": perf_counter() - started,
+                "epoch_seconds": perf_counter() - start,
+                "skipped": skipped,
+                "schedule": schedule.state(),
+                "patience": patience and [patience.best, patience.waited],
+                "plans": [plan.state() for plan in plans],
+            },
+        )
+
+    def check_state(epoch: int, opt_state: OptState) -> None:
+        """Refuses a state that is not finite, though the gradients were."""
+        names = set(names_not_finite((noting.params, opt_state.carry))) - never_finite
+        if names:
+            raise NonFiniteError(epoch, int(opt_state.step), sorted(names), SMALLER)
 
     def after_step(opt_state: OptState, mean: Mean) -> OptState:
         nonlocal ended
         bar.step(mean, opt_state.step)
+        if on_host(mean.total.device) and gate_of(opt_state).skipped > skip_nonfinite:
+            raise EndPass(opt_state)
         opt_state = schedule.after_step(opt_state)
         if on_step is not None:
-            record = StepRecord(epoch, mean, now, opt_state)
+            record = StepRecord(epoch, mean, noting.params, opt_state)
             ended = "on_step" if on_step(record) == "stop" else None
         if max_seconds is not None and perf_counter() - started >= max_seconds:
             ended = ended or "max_seconds"
+        if signals.requested is not None:
+            ended = ended or "interrupted"
+        # What ends within an epoch is saved there, to go on from if it is resumed.
+        if journal is not None and (ended or journal.due(int(opt_state.step))):
+            check_state(epoch, opt_state)
+            journal.save(written(opt_state, epoch - 1, mean), generators)
         if ended is not None:
             raise EndPass(opt_state)
         return opt_state
@@ -392,24 +518,95 @@ def fit(
     instance = isinstance(optimizer, torch.optim.Optimizer)
     numbers = sum(t.numel() for t in pytree.tree_leaves(opt_state))
     copied = instance and numbers <= LARGEST_COPIED
-    history, best_epoch, best = History(), None, params
-    best_loss, skipped, shown = float("inf"), 0, params
+    shown, mean, done = params, None, 0
+    begin, rest = 0, dict[str, Any]()
+    before_row: Run | None = None  # for an interruption while it validates
+    updated = False  # whether load_opt_state has been called
+    stack = ExitStack()
     try:
-        for epoch in range(1, epochs + 1):
+        stack.enter_context(signals)
+        if journal is not None:
+            stack.enter_context(journal.lock())
+            stack.callback(journal.finish)
+            saved = journal.newest(params, opt_state)
+            if saved is not None:
+                params, opt_state, done, begin, mean, history, found, _ = saved
+                rest = dict(saved.rest)
+                if found is not None:
+                    best_epoch, best_loss, best = found
+                batches, generators = journal.rest_of_epoch(batches, saved)
+                skipped, first_step = rest["skipped"], rest["first_step"]
+                started -= rest["seconds"]
+                schedule.resume(rest["schedule"])
+                if patience is not None and rest["patience"] is not None:
+                    patience.best, patience.waited = rest["patience"]
+                if not journal.changed:
+                    for plan, state in zip(plans, rest["plans"], strict=True):
+                        plan.resume(state, done)
+                load_params(model, params)
+                if copied:
+                    load_opt_state(optimizer, model, opt_state)
+                    updated = True
+            else:
+                batches = journal.begin_epoch(batches)
+                noting.params = params
+                journal.begin(written(opt_state, 0), generators)
+        made = int(opt_state.step) - first_step
+        planned_units = steps_planned if schedule.by == "step" else epochs_planned
+        if planned_units is not None:
+            planned_units -= made if schedule.by == "step" else done
+        schedule.begin(opt_state, planned_units)
+        if patience is not None and patience.over:
+            ended = "early_stopping"
+        elif max_steps is not None and made >= max_steps and mean is None and done:
+            ended = "max_steps"
+        shown = {**params, **opt_state.ema.params} if opt_state.ema else params
+        noting.params = params
+        for epoch in range(done + 1, epochs + 1):
+            if ended is not None:
+                break
             bar.begin(epoch, opt_state.step)
-            schedule.begin_epoch()
             start = perf_counter()
+            if mean is None:
+                epoch_step = int(opt_state.step)
+                schedule.begin_epoch()
+            else:  # goes on in the middle
+                epoch_step = rest["epoch_step"]
+                start -= rest["epoch_seconds"]
+                schedule.begin_epoch(rest["schedule"]["rate"])
+            if batches is None:
+                generators = Generators.now(train)
+                batches, begin = read(train), 0
+                if journal is not None:
+                    batches = journal.begin_epoch(batches)
+            batches = watch("train_loader", batches, epoch, begin=begin)
             if max_steps is not None:
                 left = max_steps - (int(opt_state.step) - first_step)
-                batches = first(left, read(batches))
-            params, opt_state, mean = run(
-                params, opt_state, batches, on_step=after_step
+                batches = first(left, batches)
+            params, opt_state, mean = run_pass(
+                params, opt_state, batches, mean=mean, on_step=after_step
             )
-            batches = train
+            batches, noting.params = None, params
+            gate = gate_of(opt_state)
+            if int(gate.skipped) > skip_nonfinite:
+                number = int(gate.step)
+                place = number - epoch_step - 1
+                where = _not_finite(
+                    goal, train, generators, place, params, opt_state, precision
+                )
+                raise NonFiniteError(epoch, number, where, SKIP_OR_SMALLER)
+            check_state(epoch, opt_state)
+            if ended == "interrupted":  # pyright: ignore[reportUnnecessaryComparison]
+                break
             train_loss, n_train = mean.value_and_weight()
-            seconds = perf_counter() - start
             if int(opt_state.step) - first_step == max_steps and ended is None:
                 ended = "max_steps"
+            if journal is not None:
+                before_row = written(opt_state, epoch - 1, mean)
+                if ended == "max_steps":
+                    journal.save(before_row, generators)
+            mean = None
+            seconds = perf_counter() - start
             shown = {**params, **opt_state.ema.params} if opt_state.ema else params
             row: dict[str, Any] = {
                 "epoch": epoch,
@@ -422,21 +619,28 @@ def fit(
                 "n_val": None,
                 **dict.fromkeys(columns),
             }
-            if opt_state.scale:
-                before, skipped = skipped, int(opt_state.scale.skipped)
+            if opt_state.scale or skip_nonfinite:
+                before, skipped = skipped, int(gate.skipped)
+                if opt_state.scale:
+                    skipped += int(opt_state.scale.skipped)
                 row["skipped"] = skipped - before
             if epoch % eval_every == 0 or epoch == epochs or ended is not None:
                 bar.validate()
                 for column, prefix, each in measured:
-                    mean, found = fold_metrics(eval_step, shown, each)
-                    row[column], n = mean.value_and_weight()
+                    passing = watch(_LOADERS.get(column, column), each, epoch)
+                    frozen_mean, found = fold_metrics(heeding, shown, passing)
+                    row[column], n = frozen_mean.value_and_weight()
                     if each is val:
                         row["n_val"] = n
                     for name, value in found.values().items():
                         row[prefix + name] = value
             history = history.append(row)
             val_loss = row["val_loss"]
-            if val_loss is not None and val_loss < best_loss:
+            if (
+                val_loss is not None
+                and math.isfinite(val_loss)
+                and val_loss < best_loss
+            ):
                 best_loss, best_epoch = val_loss, epoch
                 if restore_best:
                     best = {name: t.clone() for name, t in shown.items()}
@@ -445,8 +649,9 @@ def fit(
             )
             load_params(model, params)
             if copied:
-                update = load_opt_state if epoch == 1 else refresh_opt_state
+                update = refresh_opt_state if updated else load_opt_state
                 update(optimizer, model, opt_state)
+                updated = True
             schedule.finish_epoch()
             for plan in plans:
                 plan.end_epoch()
@@ -457,15 +662,34 @@ def fit(
                 opt_state = schedule.follow(opt_state)  # it may have changed rates
             if patience is not None and patience.lost(row):
                 ended = ended or "early_stopping"
-            if ended is not None:
-                break
+            if signals.requested is not None and epoch < epochs:
+                ended = ended or "interrupted"
+            step_made = int(opt_state.step)
+            between = ended in (None, "early_stopping", "on_epoch", "interrupted")
+            last = epoch == epochs or ended is not None
+            if (
+                journal is not None
+                and between
+                and (last or journal.due_at_end_of_epoch(step_made))
+            ):
+                generators = Generators.now(train)
+                epoch_step = step_made
+                journal.save(written(opt_state, epoch), generators)
+    except _InterruptedError:
+        ended = "interrupted"
+        if journal is not None and before_row is not None:
+            journal.save(before_row, generators)
     except BaseException:
         schedule.restore()
         raise
     finally:
         bar.close()
-    if instance and not copied:
-        load_opt_state(optimizer, model, opt_state, copy=False)
+        stack.close()
+    if instance and (not copied or ended == "interrupted"):
+        load_opt_state(optimizer, model, opt_state, copy=copied)
+    validated = any(row["val_loss"] is not None for row in history)
+    if validated and best_epoch is None and ended != "interrupted":
+        raise NonFiniteError(len(history), int(opt_state.step), ["val_loss"], NO_BEST)
     params = best if restore_best and best_epoch is not None else shown
     load_params(model, params)
     if progress and len(history) >= ENOUGH:
@@ -475,7 +699,117 @@ def fit(
     choice = plans[0].choice
     if choice.compiled:
         choice = choice.with_fold(folding.why_not)
-    return Result(history, params, opt_state, best_epoch, choice, ended or "finished")
+    inexact = [] if journal is None else journal.inexact
+    return Result(
+        history,
+        params,
+        opt_state,
+        best_epoch,
+        choice,
+        ended or "finished",
+        resume_exact=not inexact,
+        resume_reason="; ".join(inexact),
+    )
+
+
+class _Noting:
+    """A training step that notes the weights it returned last."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self.body = step.body
+        self._step = step
+        self.params: Params = {}
+
+    def __call__(
+        self, params: Params, opt_state: OptState, batch: Batch
+    ) -> tuple[Params, OptState, Tensor, Tensor]:
+        result = self._step(params, opt_state, batch)
+        self.params = result[0]
+        return result
+
+
+class _InterruptedError(Exception):
+    """A signal came while validation data were read."""
+
+
+class _Heeding:
+    """An evaluation step that is not made any more once a signal has come."""
+
+    def __init__(self, step: EvalStep, signals: Interruption) -> None:
+        self.metrics = step.metrics
+        self._step = step
+        self._signals = signals
+
+    def __call__(self, params: Params, batch: Batch) -> Any:
+        if self._signals.requested is not None:
+            raise _InterruptedError
+        return self._step(params, batch)
+
+
+def _not_finite(
+    goal: Objective,
+    train: Iterable[Batch],
+    generators: Generators,
+    place: int,
+    params: Params,
+    opt_state: OptState,
+    precision: Precision,
+) -> list[str]:
+    """What was not finite, found by making the step again that changed nothing.
+
+    Args:
+        goal: The objective.
+        train: The training data, which are read again.
+        generators: At the start of the epoch.
+        place: Of the batch in the epoch, from 0.
+        params: Before the step.
+        opt_state: Likewise.
+        precision: Of the run.
+    """
+    unknown = ["loss or gradient"]
+    if is_one_shot(train):
+        return unknown
+    with generators_kept(train):
+        generators.put_back(train)
+        batch = next(after(place, read(train)), None)
+    if batch is None:
+        return unknown
+    batch = to_device(batch, device_of(params))
+    where = [f"batch{name}" for name in names_not_finite(batch)]
+    step = int(gate_of(opt_state).step) - 1
+    device = device_of(params)
+    with seeded(mix(int(opt_state.seed), step), device), torch.enable_grad():
+        leaves = {
+            name: t.detach().requires_grad_(name in goal.trainable)
+            for name, t in params.items()
+        }
+        with autocast(precision, params):
+            loss_sum, n, _ = goal.train(leaves, batch)
+        if not math.isfinite(loss_sum):
+            where.append("loss")
+        trained = {name: leaves[name] for name in goal.trainable}
+        grads = torch.autograd.grad(
+            loss_sum / n, [*trained.values()], allow_unused=True, materialize_grads=True
+        )
+    found = names_not_finite(dict(zip(trained, grads, strict=True)))
+    where += [f"gradient of {name[2:-2]}" for name in found]
+    return where or unknown
+
+
+def _check_checkpoint(checkpoint: Any, save_every: Any, resume: Any) -> None:
+    if not isinstance(checkpoint, str | os.PathLike | None):
+        raise TypeError(
+            f"fit(checkpoint=...) must be the path of a directory, got {checkpoint!r}."
+        )
+    if save_every is not None:
+        _check_counts(save_every=save_every)
+    if not isinstance(resume, bool):
+        raise TypeError(f"fit(resume=...) must be True or False, got {resume!r}.")
+    if checkpoint is None and (resume or save_every is not None):
+        what = "resume=True" if resume else f"save_every={save_every}"
+        raise ValueError(
+            f"fit({what}) needs the directory of the checkpoints: checkpoint=..."
+        )
 
 
 def _check_counts(**counts: Any) -> None:
@@ -529,6 +863,7 @@ def _checked(
     val: Iterable[Batch] | None,
     accumulate: int,
     eval_step: EvalStep,
+    watch: Watch,
 ) -> tuple[Iterator[Batch], set[str]]:
     """The training batches, looked at before anything is trained on them.
 
@@ -552,6 +887,9 @@ def _checked(
     looks = split(batch, accumulate) if accumulate > 1 else [batch]
     for look in looks:
         goal.check("train_loader, batch 1", params, look)
+    watch.learn(looks[0])
+    watch.whole("train_loader", train)
+    watch.last("train_loader", train, looks[0])
     unused = set[str].intersection(
         *(goal.without_gradient(params, look) for look in looks)
     )
@@ -575,6 +913,7 @@ def _checked(
     if val is not None and (seen := peek("val_loader", val)) is not None:
         batch = to_device(seen, device)
         goal.check("val_loader, batch 1", params, batch, train=False)
+        watch.whole("val_loader", val)
         if isinstance(val, PaddedLast):
             _check_padding("val_loader", goal, params, batch)
     if eval_step.metrics:

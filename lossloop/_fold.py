@@ -38,6 +38,7 @@ def fold(
     opt_state: OptState,
     batches: Iterable[Batch],
     *,
+    mean: Mean | None = None,
     on_step: Callable[[OptState, Mean], OptState] | None = None,
 ) -> tuple[Params, OptState, Mean]:
     """Carries a training step over batches.
@@ -50,6 +51,7 @@ def fold(
         opt_state: To start from.
         batches: A `DataLoader`, any iterable of batches, or a tuple of tensors, which
             is one batch of all the data; moved to the device of `params`.
+        mean: Of the batches before, if these are the rest of a pass.
         on_step: Called after every step with the new state and the mean so far; returns
             the state to go on with. The place for a changing rate or a progress bar.
             It may `raise EndPass(opt_state)` to end the pass there.
@@ -59,7 +61,7 @@ def fold(
         training, with the weights that moved from batch to batch.
 
     Raises:
-        ValueError: If there are no batches.
+        ValueError: If there are no batches, and no `mean` of those before.
 
     Example:
         >>> import lossloop as ll
@@ -73,8 +75,8 @@ def fold(
     """
     batches = as_batches("batches", batches, passes=1)
     device = device_of(params)
-    mean = Mean.empty(device)
-    seen = False
+    seen = mean is not None
+    mean = mean or Mean.empty(device)
     for batch in transferred(read(batches), device):
         with torch.no_grad():  # not around the loader, which is the caller's
             params, opt_state, loss_sum, n = step(params, opt_state, batch)

@@ -1,6 +1,7 @@
 """Data in memory, read by whole batches instead of sample by sample."""
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,10 @@ class Indexed(Iterator[Batch]):
         order = next(self._orders)
         self._orders = itertools.chain([order], self._orders)
         return self.take(order)
+
+    def begin_after(self, count: int) -> None:
+        """Leaves out the first batches, so many."""
+        deque(itertools.islice(self._orders, count), maxlen=0)
 
     def end_after(self, count: int) -> None:
         """Ends the pass after so many batches more."""

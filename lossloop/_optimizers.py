@@ -625,6 +625,15 @@ def scheduled(optimizer: Any, schedule: Callable[[Tensor], Tensor]) -> Optimizer
     return Optimizer(begin, update._replace(schedule=schedule))
 
 
+def keeps_nonfinite(optimizer: Optimizer) -> bool:
+    """Whether a gradient that is not finite makes the state so, for good.
+
+    Of the formulas of torch, Rprop alone looks at no more than its sign.
+    """
+    update = optimizer.update
+    return isinstance(update, _Update) and update.rule is not RULES[torch.optim.Rprop]
+
+
 def rate_of(optimizer: Optimizer, slots: Any) -> Tensor | None:
     """The first group's rate in the last step made (the first, if none was), ().
 

@@ -144,6 +144,9 @@ class CompilePlan:
         self._first: Hashable = None
         self._impossible = wish is False
         self._seen = Counter[Hashable]()
+        self._compiled = set[Hashable]()
+        self._resumed: dict[str, Any] = {}
+        self._recalled = set[Hashable]()
         self._costs: dict[Hashable, Cost] = {}
         why = "no batch has come yet" if wish else "compile=False"
         self.choice = CompileChoice(compiled=False, reason=why)
@@ -152,15 +155,65 @@ class CompilePlan:
         """Tells that one epoch less is to come."""
         self._epochs_left -= 1
         self._seen.clear()
+        if self._resumed:
+            self._resumed["seen"] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What was decided, for `resume`."""
+        return {
+            "choice": list(self.choice),
+            "first": None if self._first is None else repr(self._first),
+            "compiled": sorted(map(repr, self._compiled)),
+            "seen": {repr(shape): count for shape, count in self._seen.items()},
+            "impossible": self._impossible,
+        }
+
+    def resume(self, state: dict[str, Any], epochs: int) -> None:
+        """Goes on from what was decided in another process, so many epochs ago.
+
+        Compiled steps and eager ones round differently, so that a run is exact only if
+        every shape of batch is treated as it was.
+        """
+        self._epochs_left -= epochs
+        self._impossible = state["impossible"]
+        self.choice = CompileChoice(*state["choice"])
+        self._resumed = {**state, "seen": dict(state["seen"])}
+
+    def is_first(self, shape: Hashable) -> bool:
+        """Whether a shape of batch is the first that came, or would be."""
+        first = self._resumed.get("first") or repr(self._first or shape)
+        return repr(shape) == first
+
+    def _recall(self, shape: Hashable) -> None:
+        """What the other process knew of a shape that has not come in this one."""
+        if not self._resumed or shape in self._recalled:
+            return
+        self._recalled.add(shape)
+        name = repr(shape)
+        self._seen[shape] = self._resumed["seen"].pop(name, 0)
+        if name in self._resumed["compiled"]:
+            self._compiled.add(shape)
+        first = self._resumed["first"]
+        if first is not None and (self._first is None or name == first):
+            self._first = shape if name == first else first
 
     def worth(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         """Whether to compile for this shape of batch, of which one is to run now."""
+        compiles = self._worth(shape, args)
+        if compiles:
+            self._compiled.add(shape)
+        return compiles
+
+    def _worth(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
+        self._recall(shape)
         new = self._first is None
         if new:
             self._first = shape
         self._seen[shape] += 1
         if self._impossible:
             return False
+        if shape in self._compiled:
+            return True
         if shape != self._first:
             return self._judge(shape, args, self._epochs_left * self._seen[shape])[0]
         if new and self._wish is True:

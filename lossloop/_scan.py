@@ -1,9 +1,10 @@
 """The compiled fold: many steps in one call, on data in memory."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch._higher_order_ops import while_loop  # pyright: ignore[reportPrivateI
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
-from lossloop._batches import as_batches, no_batches
+from lossloop._batches import as_batches
 from lossloop._compile import (
     Graph,
     Unseeded,
@@ -22,13 +23,14 @@ from lossloop._compile import (
     write,
 )
 from lossloop._fold import EndPass, fold
+from lossloop._gate import grand_total
 from lossloop._mean import Mean
 from lossloop._memory import Indexed, read
 from lossloop._model import device_of
 from lossloop._plan import CompilePlan
 from lossloop._random import seeded
-from lossloop._step import MicroBatches, TrainStep
-from lossloop._types import Batch, Carry, OptState, Params
+from lossloop._step import Body, MicroBatches, TrainStep
+from lossloop._types import Batch, Carry, OptState, Params, StepFn
 
 # Steps in one call, which costs about as much as a small step. More would make Ctrl-C
 # and the progress bar wait.
@@ -57,6 +59,8 @@ class Scan:
         args: tuple[Params, Carry, Batch],
         backend: str | Callable[..., Any],
         announced: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        watches: bool = False,
     ) -> None:
         """Calls the function once, to see what it does.
 
@@ -65,6 +69,8 @@ class Scan:
             args: To call it with.
             backend: Of `torch.compile`.
             announced: Makes a context to compile in.
+            watches: Whether to change nothing, and return a sum of losses that is
+                nan, if that sum or the state is not finite in the end.
 
         Raises:
             CannotScanError: If it draws random numbers: those of a step are seeded by
@@ -88,6 +94,13 @@ class Scan:
                 self._shared.add(i)
             known.add(id(result))
         self._function = function
+        self._watches = watches
+        # Places in what is carried. A mask may hold infinities from the start.
+        self._finite = [
+            place
+            for place, i in enumerate(self._carried)
+            if old[i].is_floating_point() and bool(torch.isfinite(old[i]).all())
+        ]
         self._orders = torch.zeros(LENGTH, self._size, dtype=torch.int64)
         self._graph = Graph(self._run, backend, announced)
 
@@ -149,8 +162,22 @@ class Scan:
         start = [leaves[place] for place in carried]
         i = torch.zeros((), dtype=torch.int64)
         _, total, weight, *end = while_loop(goes_on, step, (i, total, weight, *start))
+        if self._watches:
+            looked_at = [end[place] for place in self._finite]
+            finite = torch.isfinite(grand_total(total, looked_at))
+            end = [torch.where(finite, *both) for both in zip(end, start, strict=True)]
+            total = torch.where(finite, total, float("nan"))
         write(start, end)
         return total, weight
+
+
+class _Stepping(StepFn, Protocol):
+    """A training step that shows its tensor part."""
+
+    @property
+    def body(self) -> Body:
+        """That of a `TrainStep`."""
+        ...
 
 
 class CompiledFold:
@@ -163,11 +190,12 @@ class CompiledFold:
 
     def __init__(
         self,
-        step: TrainStep,
+        step: "_Stepping",
         *,
         backend: str | Callable[..., Any] = "inductor",
         plan: CompilePlan | None = None,
         why_not: str | None = None,
+        length: int = LENGTH,
     ) -> None:
         """Compiles nothing yet.
 
@@ -176,10 +204,12 @@ class CompiledFold:
             backend: Of `torch.compile`.
             plan: Who decides whether to compile; None to do so in any case.
             why_not: Why not to fold, if that is known already.
+            length: Steps in one call, at most `LENGTH`.
         """
         self._step = step
         self._backend = backend
         self._plan = plan
+        self._length = length
         self._scan: Scan | None = None
         self.why_not = why_not
 
@@ -189,13 +219,14 @@ class CompiledFold:
         opt_state: OptState,
         batches: Iterable[Batch],
         *,
+        mean: Mean | None = None,
         on_step: OnStep | None = None,
     ) -> tuple[Params, OptState, Mean]:
         """As `fold` with the step, but `on_step` is called once for several."""
         passing = read(as_batches("batches", batches, passes=1))
-        mean = Mean.empty(device_of(params))
         if self._folds(passing, params, opt_state):
-            for orders in passing.orders(LENGTH):
+            mean = mean or Mean.empty(device_of(params))
+            for orders in passing.orders(self._length):
                 params, opt_state, mean = self._several(
                     params, opt_state, mean, passing, orders
                 )
@@ -205,7 +236,7 @@ class CompiledFold:
                     except EndPass as end:
                         return params, end.opt_state, mean
             return params, opt_state, mean
-        return fold(self._step, params, opt_state, passing, on_step=on_step)
+        return fold(self._step, params, opt_state, passing, mean=mean, on_step=on_step)
 
     def _folds(
         self, passing: Iterator[Batch], params: Params, opt_state: OptState
@@ -233,20 +264,24 @@ class CompiledFold:
             raise CannotScanError(f"on {device.type}, calls are no cost")
         try:
             args = (params, opt_state.carry, passing.peek())
-        except StopIteration:
-            raise no_batches("batches") from None
-        function, plan = self._step.body.function, self._plan
+        except StopIteration:  # which the fold of nothing will tell, if it is wrong
+            return None
+        body, plan, watches = self._step.body, self._plan, bool(opt_state.gate)
+        function = getattr(body, "watching", None) if watches else body.function
+        if function is None:
+            raise CannotScanError("its gate has to see each step")
         if plan is None:
-            return Scan(function, args, self._backend)
+            return Scan(function, args, self._backend, watches=watches)
         shape = batch_shape(args[-1])
-        if not plan.worth(shape, args):
+        # What is left of a pass that is resumed may begin with its odd last batch.
+        if not plan.is_first(shape) or not plan.worth(shape, args):
             return None
         if not plan.worth_folding(shape, args):
             raise CannotScanError("a call is no cost beside such a step")
         backend = self._backend
         if backend == "inductor" and plan.worth_fast_calls() and _CALLS_IN_CPP:
             backend = functools.partial(inductor, cpp_wrapper=True)
-        return Scan(function, args, backend, plan.compiling)
+        return Scan(function, args, backend, plan.compiling, watches=watches)
 
     def _several(
         self,
@@ -257,19 +292,27 @@ class CompiledFold:
         orders: Tensor,
     ) -> tuple[Params, OptState, Mean]:
         """A step for each row of indices, in one call if they are of the right size."""
-        if self._scan is not None and self._scan.takes(orders):
+        gate, steps = opt_state.gate, len(orders)
+        finite = not gate or (
+            gate.skipped <= gate.allowed and math.isfinite(mean.total)
+        )
+        if finite and self._scan is not None and self._scan.takes(orders):
+            carry = opt_state.carry
             try:
-                mean = self._scan(
-                    params, opt_state.carry, mean, passing.tensors, orders
-                )
+                now = self._scan(params, carry, mean, passing.tensors, orders)
             except Exception as error:
                 # Nothing was written yet. The caller's own mistakes raise again below.
                 self._give_up(f"{type(error).__name__}: {error}".split("\n\n")[0])
             else:
-                return params, opt_state.after(opt_state.carry, len(orders)), mean
+                if not gate:
+                    return params, opt_state.after(carry, steps), now
+                if math.isfinite(now.total):
+                    gate = gate._replace(step=gate.step + steps)
+                    carry = carry._replace(gate=gate)
+                    return params, opt_state.after(carry, steps), now
+                # Or else nothing was written, and the gate is to see each step.
         batches = [passing.take(order) for order in orders]
-        params, opt_state, rest = fold(self._step, params, opt_state, batches)
-        return params, opt_state, mean.merge(rest)
+        return fold(self._step, params, opt_state, batches, mean=mean)
 
     def _give_up(self, why: str) -> None:
         self.why_not, self._scan = why, None

@@ -59,6 +59,9 @@ class Schedule:
 
     def begin(self, opt_state: OptState, steps: int | None) -> None:
         """Notes the rates that a run of so many scheduler steps starts with."""
+        if self._optimizer is not None:
+            self._followed = host_hyper(self._optimizer)
+        self.finish_epoch()
         if isinstance(opt_state.slots, Slots):
             self._rate = opt_state.slots.groups[0].hyper["lr"].item()
         total = getattr(self._scheduler, "total_steps", None)
@@ -70,9 +73,6 @@ class Schedule:
                     f"{left} steps left, but this run makes {steps} with "
                     f"schedule_by={self.by!r}. Build it with total_steps={steps}."
                 )
-        if self._optimizer is not None:
-            self._followed = host_hyper(self._optimizer)
-        self.finish_epoch()
 
     def finish_epoch(self) -> None:
         """Notes where the scheduler is, for `restore`."""
@@ -83,6 +83,29 @@ class Schedule:
                 copy.deepcopy({k: v for k, v in group.items() if k != "params"})
                 for group in groups
             ]
+
+    def state(self) -> dict[str, Any]:
+        """Where the scheduler and the groups of its optimizer are; for `resume`."""
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return copy.deepcopy(
+            {
+                "scheduler": self._scheduler and self._scheduler.state_dict(),
+                "groups": [
+                    {k: v for k, v in group.items() if k not in ("params", "names")}
+                    for group in groups
+                ],
+                "rate": self._rate,
+            }
+        )
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from a state; before `begin`."""
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        if self._optimizer is not None:
+            groups = self._optimizer.param_groups
+            for group, saved in zip(groups, state["groups"], strict=True):
+                group.update(saved)
 
     def restore(self) -> None:
         """Puts the scheduler back to the end of the last finished epoch."""
@@ -123,9 +146,11 @@ class Schedule:
             return None if rate is None else rate.item()
         return self._rate
 
-    def begin_epoch(self) -> None:
-        """Notes the rate of the epoch's first step."""
-        if self._optimizer is not None:
+    def begin_epoch(self, rate: float | None = None) -> None:
+        """Notes the rate of the epoch's first step, or that of its last one so far."""
+        if rate is not None:
+            self._rate = rate
+        elif self._optimizer is not None:
             self._rate = self._followed[0]["lr"]
 
 

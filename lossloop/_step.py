@@ -12,6 +12,14 @@ from torch.utils import _pytree as pytree
 
 from lossloop._batches import split
 from lossloop._ema import averaged, check_decay, start_ema
+from lossloop._gate import (
+    check_allowed,
+    grand_total,
+    judged,
+    on_host,
+    seen_finite,
+    start_gate,
+)
 from lossloop._model import device_of
 from lossloop._objective import (
     NOTHING_TRAINABLE,
@@ -19,7 +27,12 @@ from lossloop._objective import (
     Objective,
     as_objective,
 )
-from lossloop._optimizers import as_optimizer, move, move_in_place
+from lossloop._optimizers import (
+    as_optimizer,
+    keeps_nonfinite,
+    move,
+    move_in_place,
+)
 from lossloop._precision import (
     Precision,
     autocast,
@@ -70,6 +83,9 @@ class Eager(NamedTuple):
 
     function: Callable[..., Any]
     in_place: Callable[..., Any] | None = None  # the same, may overwrite the state
+    # The same, but the gate lets everything pass: if loss or gradient are not finite,
+    # then loss_sum or the state are not, and stay so. A loop is looked at in the end.
+    watching: Callable[..., Any] | None = None
 
     def __call__(self, seeding: Seeding, *args: Any) -> Any:
         """Calls the function with its random numbers seeded."""
@@ -103,7 +119,7 @@ class MicroBatches(NamedTuple):
     """
 
     add: Body  # (sums, params, batch) -> (sums, buffers, loss_sum, n)
-    update: Body  # (params, carry, (sums, n, buffers)) -> (params, carry)
+    update: Body  # (params, carry, (sums, loss_sum, n, buffers)) -> (params, carry)
     start: Callable[[Params, Carry], Any]  # sums of no gradients, and their scale
     parts: int
 
@@ -134,7 +150,8 @@ class MicroBatches(NamedTuple):
             ns.append(n)
         loss_sum, n = torch.stack(loss_sums).sum(), torch.stack(ns).sum()
         seeding = partial(seeding, len(micro_batches))
-        params, carry = self.update(seeding, params, carry, (sums, n, buffers))
+        total = sums, loss_sum, n, buffers
+        params, carry = self.update(seeding, params, carry, total)
         return params, carry, loss_sum, n
 
 
@@ -198,6 +215,7 @@ def init(
     params: Params | None = None,
     precision: Precision = "fp32",
     ema: float | None = None,
+    skip_nonfinite: int | None = None,
 ) -> tuple[Params, OptState]:
     """The state a run starts from.
 
@@ -213,6 +231,10 @@ def init(
             old average in each, like 0.999: `opt_state.ema.params`, which the first
             step sets to the parameters as they are then. As `AveragedModel` of
             `torch.optim.swa_utils` does.
+        skip_nonfinite: Let no step whose loss or gradient is not finite change
+            anything, buffers and `ema` included, and after so many of them no step at
+            all; `opt_state.gate` counts. By default such numbers go through, as they
+            do elsewhere.
 
     Returns:
         `(params, opt_state)`.
@@ -231,6 +253,8 @@ def init(
     check_precision("init", precision)
     if ema is not None:
         check_decay("init", ema)
+    if skip_nonfinite is not None:
+        check_allowed("init", skip_nonfinite)
     goal = as_objective(objective)
     if isinstance(goal, Objective):
         named = goal.model.named_parameters()
@@ -267,8 +291,12 @@ def init(
     made = max((int(group.step) for group in groups), default=0)
     step, seeds = (torch.tensor(n, dtype=torch.int64) for n in (made, seed))
     average = () if ema is None else start_ema(ema, {name: start[name] for name in own})
-    scale = loss_scale(device=device_of(start)) if precision == "fp16" else ()
-    return start, OptState(slots, step, seeds, scale, average)
+    device = device_of(start)
+    scale = loss_scale(device=device) if precision == "fp16" else ()
+    gate = ()
+    if skip_nonfinite is not None:
+        gate = start_gate(skip_nonfinite, made, device)
+    return start, OptState(slots, step, seeds, scale, average, gate)
 
 
 def make_step(
@@ -349,10 +377,42 @@ def make_step(
 
     gradient = _gradient_of(batch_mean)
 
+    def guarded(
+        params: Params,
+        carry: Carry,
+        grads: Params,
+        found: tuple[Tensor, Params],
+        *,
+        in_place: bool,
+    ) -> tuple[Params, Carry]:
+        loss_sum, buffers = found
+        now = {**params, **buffers}
+        if not carry.gate:
+            return descend(now, carry, grads, in_place=in_place)
+        # In float16 a gradient may overflow, which is the business of the scale.
+        looked_at = [] if carry.scale else [*grads.values()]
+        if _is_plain() and on_host(loss_sum.device):
+            # What can be read need not be computed, nor chosen element by element.
+            gate = carry.gate
+            if gate.skipped > gate.allowed:
+                return params, carry
+            gate = gate._replace(step=gate.step + 1)
+            if not seen_finite(loss_sum, looked_at):
+                gate = gate._replace(skipped=gate.skipped + 1)
+                return params, carry._replace(gate=gate)
+            now, new = descend(now, carry, grads, in_place=in_place)
+            return now, new._replace(gate=gate)
+        good = torch.isfinite(grand_total(loss_sum, looked_at))
+        passes, gate = judged(carry.gate, good)
+        # What may have to be kept may not have been written to.
+        new = descend(now, carry, grads, in_place=False)
+        kept = pytree.tree_map(partial(torch.where, passes), new, (params, carry))
+        return kept[0], kept[1]._replace(gate=gate)
+
     def descend(
         params: Params, carry: Carry, grads: Params, *, in_place: bool
     ) -> tuple[Params, Carry]:
-        slots, scale, ema = carry
+        slots, scale, ema, gate = carry
         overflown = None
         if scale:
             grads, overflown = unscaled(grads, scale.scale)
@@ -373,7 +433,8 @@ def make_step(
             old, new = (trained, slots), (moved, new_slots)
             moved, new_slots = pytree.tree_map(left_alone, old, new)
         params = {**params, **moved}
-        return params, Carry(new_slots, scale, averaged(ema, params) if ema else ())
+        ema = averaged(ema, params) if ema else ()
+        return params, Carry(new_slots, scale, ema, gate)
 
     def whole(
         params: Params, carry: Carry, batch: Batch, *, in_place: bool = False
@@ -381,8 +442,20 @@ def make_step(
         trained = {name: params[name] for name in _trained(goal, params, carry.slots)}
         grads, rest = gradient(trained, params, batch, carry.scale)
         loss_sum, n, buffers = rest
-        params, carry = descend({**params, **buffers}, carry, grads, in_place=in_place)
+        found = loss_sum, buffers
+        params, carry = guarded(params, carry, grads, found, in_place=in_place)
         return params, carry, loss_sum, n
+
+    def watching(
+        params: Params, carry: Carry, batch: Batch
+    ) -> tuple[Params, Carry, Tensor, Tensor]:
+        trained = {name: params[name] for name in _trained(goal, params, carry.slots)}
+        grads, (loss_sum, n, buffers) = gradient(trained, params, batch, carry.scale)
+        if clip_grad_value is not None or not keeps_nonfinite(formulas):
+            finite = torch.isfinite(grand_total(loss_sum, [*grads.values()]))
+            loss_sum = torch.where(finite, loss_sum, float("nan"))
+        now = {**params, **buffers}
+        return *descend(now, carry, grads, in_place=False), loss_sum, n
 
     def start(params: Params, carry: Carry) -> tuple[Params, Scale]:
         # In half precision a sum would soon stop growing, or overflow.
@@ -405,19 +478,20 @@ def make_step(
     def finish(
         params: Params,
         carry: Carry,
-        total: tuple[tuple[Params, Scale], Tensor, Params],
+        total: tuple[tuple[Params, Scale], Tensor, Tensor, Params],
         *,
         in_place: bool = False,
     ) -> tuple[Params, Carry]:
-        (sums, _), n, buffers = total
+        (sums, _), loss_sum, n, buffers = total
         grads = {
             name: (t / _divisor(n).to(t.dtype)).to(params[name].dtype)
             for name, t in sums.items()
         }
-        return descend({**params, **buffers}, carry, grads, in_place=in_place)
+        found = loss_sum, buffers
+        return guarded(params, carry, grads, found, in_place=in_place)
 
     if accumulate == 1:
-        return TrainStep(Eager(whole, partial(whole, in_place=True)))
+        return TrainStep(Eager(whole, partial(whole, in_place=True), watching))
     update = Eager(finish, partial(finish, in_place=True))
     return TrainStep(MicroBatches(Eager(add), update, start, int(accumulate)))
 
@@ -509,11 +583,7 @@ def _gradient_of(
     def gradient(
         trained: Params, params: Params, batch: Batch, scale: Scale
     ) -> tuple[Params, Any]:
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
-        ):
+        if not _is_plain():
             grads, (_, rest) = transform(trained, params, batch, scale)
             return grads, rest
         with torch.enable_grad():
@@ -529,6 +599,15 @@ def _gradient_of(
         return dict(zip(trained, grads, strict=True)), rest
 
     return gradient
+
+
+def _is_plain() -> bool:
+    """Whether a step is neither compiled, transformed nor differentiated."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
+    )
 
 
 def _sum_dtype(param: Tensor) -> torch.dtype:

@@ -63,12 +63,17 @@ def as_early_stopping(
 
 
 class Patience:
-    """How long a run has waited for a better value."""
+    """How long a run has waited for a better value.
+
+    Attributes:
+        best: The best value so far, or its negative if higher is better.
+        waited: Epochs since then.
+    """
 
     def __init__(self, rule: EarlyStopping) -> None:
         self._rule = rule
-        self._best = math.inf
-        self._waited = 0
+        self.best = math.inf
+        self.waited = 0
 
     def lost(self, row: Row) -> bool:
         """Whether the run is to end after this epoch."""
@@ -77,8 +82,13 @@ class Patience:
             return False
         if self._rule.mode == "max":
             value = -value
-        if value < self._best - self._rule.min_delta:
-            self._best, self._waited = value, 0
+        if value < self.best - self._rule.min_delta:
+            self.best, self.waited = value, 0
         else:
-            self._waited += 1
-        return self._waited >= self._rule.patience
+            self.waited += 1
+        return self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has waited long enough."""
+        return self.waited >= self._rule.patience

@@ -58,6 +58,19 @@ class Ema(NamedTuple):
     params: Params
 
 
+class Gate(NamedTuple):
+    """What keeps numbers that are not finite away from the weights.
+
+    A step whose loss or gradient is not finite changes nothing. Once more than
+    `allowed` steps were such, no step changes anything any more, so that the state is
+    that before the step that was one too many.
+    """
+
+    allowed: Tensor  # (), int64, steps that may be skipped
+    skipped: Tensor  # (), int64, steps that were not finite
+    step: Tensor  # (), int64, the last step that was looked at, from 1
+
+
 class Carry(NamedTuple):
     """What the tensor part of a step carries besides the parameters.
 
@@ -68,6 +81,7 @@ class Carry(NamedTuple):
     slots: Any
     scale: "LossScale | tuple[()]" = ()
     ema: "Ema | tuple[()]" = ()
+    gate: "Gate | tuple[()]" = ()
 
 
 class OptState(NamedTuple):
@@ -78,16 +92,17 @@ class OptState(NamedTuple):
     seed: Tensor  # (), int64 on the CPU
     scale: "LossScale | tuple[()]" = ()  # of the loss in float16
     ema: "Ema | tuple[()]" = ()
+    gate: "Gate | tuple[()]" = ()
 
     @property
     def carry(self) -> Carry:
         """The part of it that the tensor part of a step takes and returns."""
-        return Carry(self.slots, self.scale, self.ema)
+        return Carry(self.slots, self.scale, self.ema, self.gate)
 
     def after(self, carry: Carry, steps: int = 1) -> "OptState":
         """The state after so many steps, which came to this."""
-        slots, scale, ema = carry
-        return OptState(slots, self.step + steps, self.seed, scale, ema)
+        slots, scale, ema, gate = carry
+        return OptState(slots, self.step + steps, self.seed, scale, ema, gate)
 
 
 class Optimizer(NamedTuple):

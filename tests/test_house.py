@@ -15,15 +15,16 @@ import lossloop.testing
 HOME = Path(ll.__file__).parent
 # A module may import from floors below its own only.
 FLOORS = [
-    {"_types", "schedules", "_plot", "_diagnosis"},
+    {"_types", "schedules", "_plot", "_diagnosis", "_files", "_interruption"},
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
-    | {"_memory", "_works", "_machine", "_ema"},
+    | {"_memory", "_works", "_machine", "_ema", "_gate"},
+    {"_run"},
     {"_losses", "_optimizers", "_batches", "_progress", "_precision", "_stopping"},
     {"_objective", "optim", "_schedule", "metrics"},
-    {"_step", "_fold", "_coupling", "_baseline"},
+    {"_step", "_fold", "_coupling", "_baseline", "_checkpoint", "_order", "_watch"},
     {"_products", "_isa"},
     {"_compile", "_plan"},
-    {"_scan"},
+    {"_scan", "_journal"},
     {"_fit"},
     {"_demo", "benchmark", "probes", "loggers"},
     {"__init__"},
@@ -127,6 +128,8 @@ def test_who_reads_values_on_the_host():
         "_mean",  # once per epoch
         "metrics",  # likewise
         "_baseline",  # after a run
+        "_checkpoint",  # on the host anyway
+        "_order",  # generators, which are there; a batch, once per epoch of a saved run
         "probes",  # between steps
         "_loss_checks",  # the first batch
         "_objective",  # the first batch
