@@ -39,7 +39,13 @@ from lossloop._coupling import (
 )
 from lossloop._diagnosis import ENOUGH, diagnose
 from lossloop._fold import EndPass, fold, fold_metrics
-from lossloop._gate import NonFiniteError, gate_of, names_not_finite, on_host
+from lossloop._gate import (
+    NonFiniteError,
+    gate_of,
+    names_not_finite,
+    on_host,
+    with_allowance,
+)
 from lossloop._history import History, Row
 from lossloop._interruption import Interruption
 from lossloop._journal import Journal
@@ -59,7 +65,7 @@ from lossloop._schedule import Schedule
 from lossloop._step import EvalStep, TrainStep, init, make_eval_step, make_step
 from lossloop._stopping import EarlyStopping, Patience, as_early_stopping
 from lossloop._types import Batch, OptState, Params, Slots
-from lossloop._watch import Watch
+from lossloop._watch import Watch, reading
 
 # Numbers in the state of an optimizer instance, up to which it is brought up to date
 # after each epoch. Beyond, a second copy of them would take too much memory.
@@ -306,6 +312,11 @@ def fit(
             epochs,
         )
     if device is not None:
+        if torch.device(device).type == "meta":
+            raise ValueError(
+                "fit(device='meta'): tensors there have no values, and those of the "
+                "model would be lost. Name a device that computes."
+            )
         model.to(torch.device(device))
     goal = loss_fn if isinstance(loss_fn, Objective) else supervised(model, loss_fn)
     if goal.model is not model:
@@ -357,7 +368,13 @@ def fit(
     # Needs the memory of gradients, so it is done while there is no state yet.
     generators = Generators.now(train)
     watch = Watch(goal)
-    batches, unused = _checked(goal, train, val, accumulate, eval_step, watch)
+    try:
+        batches, unused = _checked(
+            goal, train, val, frozen, accumulate, eval_step, watch
+        )
+    except BaseException:
+        generators.put_back(train)
+        raise
     params, opt_state = init(
         goal,
         formulas,
@@ -456,6 +473,7 @@ def fit(
                 "accumulate": int(accumulate),
                 "clip_grad_norm": clip_grad_norm,
                 "clip_grad_value": clip_grad_value,
+                "restore_best": restore_best,
                 "loss": type(goal.loss_fn or goal).__name__,
             },
         )
@@ -468,6 +486,7 @@ def fit(
 
     def written(opt_state: OptState, epoch: int, mean: Mean | None = None) -> Run:
         """The run after so many epochs and the batches in `mean`."""
+        assert journal is not None
         return Run(
             noting.params,
             opt_state,
@@ -475,7 +494,9 @@ def fit(
             0 if mean is None else int(opt_state.step) - epoch_step,
             mean,
             history,
-            None if best_epoch is None else Best(best_epoch, best_loss, best),
+            None
+            if best_epoch is None
+            else Best(best_epoch, best_loss, best if restore_best else {}),
             {
                 "first_step": first_step,
                 "epoch_step": epoch_step,
@@ -485,6 +506,7 @@ def fit(
                 "schedule": schedule.state(),
                 "patience": patience and [patience.best, patience.waited],
                 "plans": [plan.state() for plan in plans],
+                "place": None if mean is None else journal.place(),
             },
         )
 
@@ -532,6 +554,7 @@ def fit(
             if saved is not None:
                 params, opt_state, done, begin, mean, history, found, _ = saved
                 rest = dict(saved.rest)
+                opt_state = with_allowance(opt_state, skip_nonfinite)
                 if found is not None:
                     best_epoch, best_loss, best = found
                 batches, generators = journal.rest_of_epoch(batches, saved)
@@ -576,10 +599,13 @@ def fit(
                 schedule.begin_epoch(rest["schedule"]["rate"])
             if batches is None:
                 generators = Generators.now(train)
-                batches, begin = read(train), 0
-                if journal is not None:
-                    batches = journal.begin_epoch(batches)
-            batches = watch("train_loader", batches, epoch, begin=begin)
+                with reading("train_loader", epoch, 1):
+                    batches, begin = read(train), 0
+                    if journal is not None:
+                        batches = journal.begin_epoch(batches)
+            batches = watch(
+                "train_loader", batches, epoch, begin=begin, planned=per_epoch
+            )
             if max_steps is not None:
                 left = max_steps - (int(opt_state.step) - first_step)
                 batches = first(left, batches)
@@ -596,6 +622,7 @@ def fit(
                 )
                 raise NonFiniteError(epoch, number, where, SKIP_OR_SMALLER)
             check_state(epoch, opt_state)
+            shown = {**params, **opt_state.ema.params} if opt_state.ema else params
             if ended == "interrupted":  # pyright: ignore[reportUnnecessaryComparison]
                 break
             train_loss, n_train = mean.value_and_weight()
@@ -607,7 +634,6 @@ def fit(
                     journal.save(before_row, generators)
             mean = None
             seconds = perf_counter() - start
-            shown = {**params, **opt_state.ema.params} if opt_state.ema else params
             row: dict[str, Any] = {
                 "epoch": epoch,
                 "step": int(opt_state.step),
@@ -785,7 +811,7 @@ def _not_finite(
         }
         with autocast(precision, params):
             loss_sum, n, _ = goal.train(leaves, batch)
-        if not math.isfinite(loss_sum):
+        if not math.isfinite(loss_sum.detach()):
             where.append("loss")
         trained = {name: leaves[name] for name in goal.trainable}
         grads = torch.autograd.grad(
@@ -861,6 +887,7 @@ def _checked(
     goal: Objective,
     train: Iterable[Batch],
     val: Iterable[Batch] | None,
+    frozen: Iterable[Batch] | None,
     accumulate: int,
     eval_step: EvalStep,
     watch: Watch,
@@ -870,9 +897,10 @@ def _checked(
     And the names of the parameters that the loss of the first does not depend on.
     """
     params = goal.init()
-    iterator = read(train)
     try:
-        first = iterator.peek() if isinstance(iterator, Indexed) else next(iterator)
+        with reading("train_loader", 1, 1):
+            iterator = read(train)
+            first = iterator.peek() if isinstance(iterator, Indexed) else next(iterator)
     except StopIteration:
         raise no_batches("train_loader") from None
     device = device_of(params)
@@ -890,6 +918,8 @@ def _checked(
     watch.learn(looks[0])
     watch.whole("train_loader", train)
     watch.last("train_loader", train, looks[0])
+    if frozen is not None:
+        watch.whole("frozen_train_loss", frozen)
     unused = set[str].intersection(
         *(goal.without_gradient(params, look) for look in looks)
     )
@@ -910,7 +940,9 @@ def _checked(
             f"over micro-batches is not that of the whole batch: {reason}.",
             stacklevel=3,
         )
-    if val is not None and (seen := peek("val_loader", val)) is not None:
+    with reading("val_loader", 1, 1):
+        seen = None if val is None else peek("val_loader", val)
+    if val is not None and seen is not None:
         batch = to_device(seen, device)
         goal.check("val_loader, batch 1", params, batch, train=False)
         watch.whole("val_loader", val)

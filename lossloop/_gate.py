@@ -39,6 +39,13 @@ def gate_of(opt_state: OptState) -> Gate:
     return opt_state.gate
 
 
+def with_allowance(opt_state: OptState, allowed: int) -> OptState:
+    """A state whose gate lets so many bad steps pass by in all."""
+    gate = gate_of(opt_state)
+    number = torch.full_like(gate.allowed, allowed)
+    return opt_state._replace(gate=gate._replace(allowed=number))
+
+
 def judged(gate: Gate, good: Tensor) -> tuple[Tensor, Gate]:
     """Whether a step may change anything, and the gate after it.
 
@@ -93,8 +100,9 @@ class NonFiniteError(FloatingPointError):
     Args:
         epoch: From 1.
         step: Of the run, from 1.
-        where: What was not finite: "inputs", "targets", "loss", "gradient of NAME",
-            the names of weights or of the optimizer's state, or "val_loss".
+        where: What was not finite: places in the batch like "batch[0]", "loss",
+            "gradient of NAME", places in the weights and in the state of the optimizer,
+            or "val_loss".
         remedy: What the caller can do.
     """
 

@@ -29,7 +29,7 @@ from lossloop._run import Run
 from lossloop._types import Batch, OptState, Params
 
 # What a resumed run may not have otherwise, because it would be another run.
-_IDENTITY = ("seed", "samples", "first and last sample")
+_IDENTITY = ("seed", "restore_best", "samples", "first and last sample")
 
 
 class Journal:
@@ -47,7 +47,7 @@ class Journal:
         *,
         resume: bool,
         every: int | None,
-        train: Iterable[Batch],
+        train: Any,
         settings: dict[str, Any],
     ) -> None:
         """Opens a directory.
@@ -56,7 +56,7 @@ class Journal:
             directory: For the checkpoints, made if there is none.
             resume: Whether the run may have begun already.
             every: Steps between two checkpoints; None for one after every epoch.
-            train: The training data.
+            train: The training data: an iterable of batches.
             settings: What the run is made with, as numbers and strings by name.
 
         Raises:
@@ -102,12 +102,20 @@ class Journal:
         params = _as(where, "params", params, run.params)
         opt_state = _as(where, "opt_state", opt_state, run.opt_state)
         best = run.best
-        if best is not None:
+        if best is not None and best.params:
             best = best._replace(params=_as(where, "best.params", params, best.params))
         self._compare(where, run.rest["settings"])
         self.inexact = list(run.rest["inexact"]) + self.inexact
         if reason := why_not_exact(self._train):
             self.inexact.append(f"train_loader: {reason}")
+        elif (
+            keeps_its_place(self._train)
+            and run.batch in (0, length(self._train))
+            and not type(self._train).__module__.startswith("torchdata.")
+        ):
+            self.inexact.append(
+                "train_loader: what it carries from one epoch to the next is not saved"
+            )
         self.inexact = list(dict.fromkeys(self.inexact))
         self._first = run.rest["first"]
         self._saved_at = int(opt_state.step)
@@ -149,9 +157,8 @@ class Journal:
             batches = started
         else:
             generators.put_back(self._train)
-            if run.batch and (place := run.rest["loader"]) is not None:
-                plain(self._train).load_state_dict(place)
-                return read(self._train), generators
+            if run.rest["place"] is not None:
+                return self._from_place(run), generators
             batches = read(self._train)
         if run.batch:
             batches, first = _looked_at(batches)
@@ -169,6 +176,24 @@ class Journal:
         else:
             batches = self.begin_epoch(batches)
         return batches, generators
+
+    def place(self) -> dict[str, Any] | None:
+        """Where a loader is that keeps its place, and the generators with it."""
+        if not keeps_its_place(self._train):
+            return None
+        generators = Generators.now(self._train).state()
+        return {"loader": self._train.state_dict(), "generators": generators}
+
+    def _from_place(self, run: Run) -> Iterator[Batch]:
+        """What is left of an epoch, of a loader that keeps its place."""
+        place = run.rest["place"]
+        batches: Iterator[Batch] = iter(())
+        # At the end of a pass, some would begin the next one.
+        if run.batch != length(self._train):
+            self._train.load_state_dict(place["loader"])
+            batches = read(self._train)
+        Generators.of(place["generators"]).put_back(self._train)
+        return batches
 
     def begin_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """A pass from its start, whose first batch is noted."""
@@ -208,17 +233,12 @@ class Journal:
 
     def _complete(self, run: Run, generators: Generators) -> Run:
         """The run with what the journal knows of it."""
-        own = plain(self._train)
-        place = None
-        if run.batch and keeps_its_place(self._train):
-            place = own.state_dict()
         rest = {
             **run.rest,
             "settings": self._settings,
             "inexact": self.inexact,
             "first": self._first if run.batch else None,
             "generators": generators.state(),
-            "loader": place,
         }
         self._saved_at = int(run.opt_state.step)
         return run._replace(rest=rest)

@@ -40,8 +40,7 @@ def plain(loader: Any) -> Any:
 
 def keeps_its_place(loader: Any) -> bool:
     """Whether it tells and takes its position, like torchdata's loaders."""
-    own = plain(loader)
-    return hasattr(own, "state_dict") and hasattr(own, "load_state_dict")
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def why_not_exact(loader: Any) -> str | None:
@@ -51,7 +50,7 @@ def why_not_exact(loader: Any) -> str | None:
     random numbers, if its sampler is one of torch's.
     """
     own = plain(loader)
-    if keeps_its_place(own) or isinstance(own, list | tuple):
+    if keeps_its_place(loader) or isinstance(own, list | tuple):
         return None
     kind = type(own).__name__
     if not isinstance(own, DataLoader):

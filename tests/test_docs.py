@@ -138,6 +138,14 @@ def normal(call):
     return ast.unparse(ast.parse(f"def {call}: ..."))
 
 
+def test_the_tests_that_hold_a_guarantee_exist():
+    page = ROOT / "docs" / "explanation" / "what-is-guaranteed.md"
+    mentioned = re.findall(r"`(tests/[^`]*\.py)::(\w+)`", page.read_text("utf-8"))
+    assert len(mentioned) > 20
+    for file, name in mentioned:
+        assert f"\ndef {name}(" in (ROOT / file).read_text("utf-8"), f"{file}::{name}"
+
+
 def test_what_others_report_is_what_was_measured():
     page = (ROOT / "docs" / "explanation" / "exact-loss.md").read_text("utf-8")
     link = re.search(r"\(../../(benchmarks/results/\S*what-others-report.md)\)", page)

@@ -324,6 +324,74 @@ def test_in_fresh_processes(tmp_path):
     assert straight[1] == rows(result)
 
 
+class Stateful:
+    """Keeps its place and its random numbers to itself, like torchdata's loaders."""
+
+    def __init__(self):
+        self.generator_of_its_own = torch.Generator().manual_seed(7)
+        self.order, self.given = [], 0
+        self.resumed = False
+
+    def __len__(self):
+        return BATCHES
+
+    def __iter__(self):
+        if not self.resumed:
+            self.order, self.given = (
+                torch.randperm(27, generator=self.generator_of_its_own).tolist(),
+                0,
+            )
+        self.resumed = False
+        for start in range(4 * self.given, 27, 4):
+            index = self.order[start : start + 4]
+            self.given += 1
+            yield X[index] + 0.1 * torch.randn(len(index), 6), Y[index]
+
+    def state_dict(self):
+        return {
+            "order": self.order,
+            "given": self.given,
+            "generator": self.generator_of_its_own.get_state(),
+        }
+
+    def load_state_dict(self, state):
+        self.order, self.given = state["order"], state["given"]
+        self.generator_of_its_own.set_state(state["generator"])
+        self.resumed = True
+
+
+@pytest.mark.parametrize("steps", [[1], [7], [8, 9], [3, 14]])
+def test_loaders_that_keep_their_place(steps, tmp_path, interrupt):
+    straight = run(tmp_path / "straight", data=Stateful)
+    ended = interrupted(tmp_path / "other", interrupt, steps, data=Stateful)
+    same(straight, ended)
+    assert ended[0].resume_exact
+
+
+def test_loaders_that_keep_their_place_between_epochs(tmp_path):
+    """What their state means there differs from one to the next."""
+    run(tmp_path, data=Stateful, epochs=2)
+    result = run(tmp_path, data=Stateful, epochs=5)[0]
+    assert not result.resume_exact
+    assert "from one epoch to the next" in result.resume_reason
+
+
+def test_more_steps_may_be_skipped_when_it_goes_on(tmp_path):
+    """As the message of the error says."""
+
+    def bad():
+        x = X.clone()
+        x[[3, 9]] = torch.nan
+        return loader(TensorDataset(x, Y))
+
+    with pytest.raises(ll.NonFiniteError, match="skip_nonfinite"):
+        run(tmp_path / "other", data=bad)
+    resumed = run(tmp_path / "other", data=bad, skip_nonfinite=50)
+    straight = run(tmp_path / "straight", data=bad, skip_nonfinite=50)
+    same(straight, resumed)
+    assert sum(resumed[0].history["skipped"]) == int(resumed[0].opt_state.gate.skipped)
+
+
 # --- what is not exact, and what is another run ---------------------------------------
 
 
