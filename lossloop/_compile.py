@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
+from lossloop._replay import Pool, Replay
 from lossloop._step import Body, Eager, EvalStep, MicroBatches, Seeding, TrainStep
 from lossloop._types import Batch
 
@@ -187,8 +188,22 @@ class Graph:
         function: Callable[..., Any],
         backend: str | Callable[..., Any],
         announced: Callable[[], AbstractContextManager[None]] = nullcontext,
+        pool: Pool | None = None,
+        batch: int = -1,
     ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            function: From tensors to tensors.
+            backend: Of `torch.compile`.
+            announced: Makes a context to compile in.
+            pool: Memory to capture it in where it runs on a GPU, for a function that
+                keeps its state where it is, and returns nothing large.
+            batch: Which of its arguments comes from somewhere else each time.
+        """
         self._announced = announced
+        self._pool, self._batch = pool, batch
+        self._replay: Replay | None = None
         self._backend: Callable[..., Any]
         if not isinstance(backend, str):
             self._backend = backend
@@ -211,7 +226,25 @@ class Graph:
         if not self._seeded:
             raise _MustCompileError
         self._compilations += 1
-        return self._backend(graph, inputs)
+        code = self._backend(graph, inputs)
+        if self._pool is None or not self._pool.serves(inputs):
+            return code
+        self._replay = Replay(code, graph, self._batch, self._pool)
+        return self._replay
+
+    @property
+    def why_not_replayed(self) -> str | None:
+        """Why its kernels are launched one by one; None if they are not."""
+        return None if self._replay is None else self._replay.why_not
+
+    def again(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
+        """A call like the last one, after which nothing that is guarded has changed."""
+        if self._replay is None or not self._replay.replays:
+            return self(seeding, args)
+        if not self._draws:
+            return self._replay.again()
+        with seeding():
+            return self._replay.again()
 
     def __call__(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
         try:
@@ -259,6 +292,7 @@ class Compiled:
         plan: Plan | None = None,
         in_place: Callable[..., Any] | None = None,
         watching: Callable[..., Any] | None = None,
+        replayed: bool = False,
     ) -> None:
         """Compiles nothing yet.
 
@@ -270,8 +304,10 @@ class Compiled:
             in_place: The function as it runs where the plan says not to compile, if it
                 may donate.
             watching: The function as it is compiled in a loop; see `Eager`.
+            replayed: Whether to launch it as one on a GPU; see `Replay`.
         """
         self.function = function
+        self._pool = Pool() if replayed else None
         self.watching = watching
         self._in_place = in_place if donate and plan is not None else None
         self._written = _donating(function, donate) if donate else function
@@ -284,6 +320,16 @@ class Compiled:
     def compilations(self) -> int:
         """How many shapes of batch have been compiled."""
         return len(self._graphs)
+
+    @property
+    def why_not_replayed(self) -> str | None:
+        """Why a GPU launches its kernels one by one; None if they are launched as one.
+
+        That of the first shape of batch.
+        """
+        if self._pool is None:
+            return "a pure step returns a new state"
+        return next((graph.why_not_replayed for graph in self._graphs.values()), None)
 
     def __call__(self, seeding: Seeding, *args: Any) -> Any:
         """Calls the function for this shape of batch, compiling it if it is new."""
@@ -305,7 +351,10 @@ class Compiled:
                 return self._eagerly(seeding, args)
             else:
                 announced = nullcontext if self._plan is None else self._plan.compiling
-                graph = Graph(self._written, self._backend, announced)
+                batch = len(args) - 1
+                graph = Graph(
+                    self._written, self._backend, announced, self._pool, batch
+                )
                 try:
                     result = graph(seeding, args)
                 except Exception as error:
@@ -445,7 +494,10 @@ def compile_step(
         4
     """
     if isinstance(step, TrainStep):
-        return TrainStep(compiled(step.body, donate=donate, backend=backend))
+        # One that is pure returns the whole state, which would have to be copied.
+        return TrainStep(
+            compiled(step.body, donate=donate, backend=backend, replayed=donate)
+        )
     if isinstance(step, EvalStep):
         if donate:
             raise ValueError(
@@ -453,7 +505,7 @@ def compile_step(
                 "new state to write."
             )
         return EvalStep(compiled(step.body, donate=False, backend=backend))
-    own = Compiled(step, donate=2 if donate else 0, backend=backend)
+    own = Compiled(step, donate=2 if donate else 0, backend=backend, replayed=donate)
     return functools.partial(own, Unseeded)
 
 
@@ -479,6 +531,7 @@ def compiled(
     donate: bool,
     backend: str | Callable[..., Any] = "inductor",
     plan: Callable[[Callable[..., Any], int], Plan] | None = None,
+    replayed: bool = True,
 ) -> Body:
     """The body of a step, compiled.
 
@@ -491,9 +544,12 @@ def compiled(
         donate: Whether the first results overwrite the state that is passed in.
         backend: Of `torch.compile`.
         plan: Makes the plan for a function and the number of its calls per batch.
+        replayed: Whether to launch it as one on a GPU, unless there are micro-batches.
     """
 
-    def compile_body(body: Body, *, donate: int, calls: int = 1) -> Compiled:
+    def compile_body(
+        body: Body, *, donate: int, calls: int = 1, replayed: bool = False
+    ) -> Compiled:
         if isinstance(body, Compiled):
             raise ValueError("compile_step: this step is compiled already.")
         own_plan = None if plan is None else plan(body.function, calls)
@@ -504,6 +560,7 @@ def compiled(
             plan=own_plan,
             in_place=body.in_place if isinstance(body, Eager) else None,
             watching=body.watching if isinstance(body, Eager) else None,
+            replayed=replayed,
         )
 
     state = 2 if donate else 0
@@ -511,4 +568,4 @@ def compiled(
         # The sum of gradients is the step's own in any case.
         add = compile_body(body.add, donate=1, calls=body.parts)
         return body._replace(add=add, update=compile_body(body.update, donate=state))
-    return compile_body(body, donate=state)
+    return compile_body(body, donate=state, replayed=replayed)

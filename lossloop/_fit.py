@@ -50,7 +50,7 @@ from lossloop._history import History, Row
 from lossloop._interruption import Interruption
 from lossloop._journal import Journal
 from lossloop._mean import Mean
-from lossloop._memory import Indexed, in_memory, read
+from lossloop._memory import Indexed, copied_once, in_memory, read
 from lossloop._model import check_functional, device_of, load_params
 from lossloop._objective import Objective, supervised
 from lossloop._optimizers import load_opt_state, refresh_opt_state
@@ -547,6 +547,7 @@ def fit(
     stack = ExitStack()
     try:
         stack.enter_context(signals)
+        stack.enter_context(copied_once())
         if journal is not None:
             stack.enter_context(journal.lock())
             stack.callback(journal.finish)
@@ -725,6 +726,8 @@ def fit(
     choice = plans[0].choice
     if choice.compiled:
         choice = choice.with_fold(folding.why_not)
+        if device_of(params).type == "cuda":
+            choice = choice.with_replay(folding.why_not_replayed)
     inexact = [] if journal is None else journal.inexact
     return Result(
         history,

@@ -2,8 +2,10 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,29 @@ from lossloop._types import Batch
 _FIXED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
+class _Copy(NamedTuple):
+    of: Tensor  # held, so that no other has its id
+    version: int  # of it, when it was copied
+    copy: Tensor
+
+
+_Copies = dict[tuple[int, torch.device], _Copy]
+_copies: ContextVar[_Copies | None] = ContextVar("copies on a GPU", default=None)
+
+
+@contextmanager
+def copied_once() -> Generator[None]:
+    """Lets data in memory stay on a GPU from one pass to the next while it lasts.
+
+    Those that torch has written to since are copied again.
+    """
+    token = _copies.set({})
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
+
 class Indexed(Iterator[Batch]):
     """A pass over data in memory.
 
@@ -41,23 +66,36 @@ class Indexed(Iterator[Batch]):
         self.tensors = tensors
         self.ahead = ahead
         self._orders = orders
+        self._device = torch.device("cpu")
 
     def __next__(self) -> Batch:
         """The next batch: a list, as `default_collate` makes it."""
         return self.take(next(self._orders))
 
     def take(self, order: Tensor) -> Batch:
-        """The samples with these indices, which are where the samples are."""
+        """The samples with these indices."""
+        order = order.to(self._device)
         return [tensor.index_select(0, order) for tensor in self.tensors]
 
     def move(self, device: torch.device) -> None:
         """Keeps the samples on a GPU from now on, if they fit into half of its room."""
-        if device.type != "cuda":
+        if device.type != "cuda" or self._device == device:
             return
-        size = sum(tensor.nbytes for tensor in self.tensors)
-        if size <= torch.cuda.mem_get_info(device)[0] // 2:
-            self.tensors = [tensor.to(device) for tensor in self.tensors]
-            self._orders = (order.to(device) for order in self._orders)
+        copies = _copies.get()
+        copies = {} if copies is None else copies
+        places = [(id(t), device) for t in self.tensors]
+        new = {
+            place: t
+            for place, t in zip(places, self.tensors, strict=True)
+            if place not in copies or copies[place].version != t._version
+        }
+        size = sum(t.nbytes for t in new.values())
+        if size > torch.cuda.mem_get_info(device)[0] // 2:
+            return
+        for place, t in new.items():
+            copies[place] = _Copy(t, t._version, t.to(device))
+        self.tensors = [copies[place].copy for place in places]
+        self._device = device
 
     def peek(self) -> Batch:
         """The next batch, which stays the next.

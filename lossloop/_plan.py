@@ -53,19 +53,27 @@ class CompileChoice(NamedTuple):
 
     Attributes:
         compiled: Whether the step is compiled.
-        reason: Why, or why not; also why a compiled step is not folded.
+        reason: Why, or why not; also why a compiled step is not folded or replayed.
         folded: Whether many steps are made in one call.
+        replayed: Whether a GPU launches the kernels of a step as one.
     """
 
     compiled: bool
     reason: str
     folded: bool = False
+    replayed: bool = False
 
     def with_fold(self, why_not: str | None) -> "CompileChoice":
         """The choice, with why the steps of a compiled one are made one by one."""
         if why_not is None:
             return self._replace(folded=True)
         return self._replace(reason=f"{self.reason}; steps one by one: {why_not}")
+
+    def with_replay(self, why_not: str | None) -> "CompileChoice":
+        """The choice, with why kernels on a GPU are launched one by one."""
+        if why_not is None:
+            return self._replace(replayed=True)
+        return self._replace(reason=f"{self.reason}; kernels one by one: {why_not}")
 
 
 class _Counter(TorchDispatchMode):

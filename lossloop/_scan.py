@@ -1,9 +1,9 @@
 """The compiled fold: many steps in one call, on data in memory."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lossloop._batches import as_batches
 from lossloop._compile import (
+    Compiled,
     Graph,
     Unseeded,
     batch_shape,
@@ -29,7 +30,8 @@ from lossloop._memory import Indexed, read
 from lossloop._model import device_of
 from lossloop._plan import CompilePlan
 from lossloop._random import seeded
-from lossloop._step import Body, MicroBatches, TrainStep
+from lossloop._replay import Pool
+from lossloop._step import Body, MicroBatches, TrainStep, seed_of
 from lossloop._types import Batch, Carry, OptState, Params, StepFn
 
 # Steps in one call, which costs about as much as a small step. More would make Ctrl-C
@@ -46,11 +48,23 @@ class CannotScanError(Exception):
     """Why steps are made one by one."""
 
 
+def loops(device: torch.device) -> bool:
+    """Whether the loop is a part of the graph, and not of launching it."""
+    return device.type == "cpu"
+
+
 class Scan:
-    """Calls one function many times in one graph, compiled for one shape of batch.
+    """Calls one function many times, compiled for one shape of batch.
 
     What the function returns is carried on inside; what it leaves alone is not. The
     tensors that were passed in hold the result in the end.
+
+    On the CPU the loop is a part of the graph. On a GPU one step is, which reads the
+    indices of its batch there and is launched again and again.
+
+    Attributes:
+        watches: Whether the state is looked at in the end only.
+        made: Steps that the last call wrote, if it failed.
     """
 
     def __init__(
@@ -70,17 +84,19 @@ class Scan:
             backend: Of `torch.compile`.
             announced: Makes a context to compile in.
             watches: Whether to change nothing, and return a sum of losses that is
-                nan, if that sum or the state is not finite in the end.
+                nan, if that sum or the state is not finite in the end; on the CPU.
 
         Raises:
-            CannotScanError: If it draws random numbers: those of a step are seeded by
-                its number, and in a graph no generator can be seeded.
+            CannotScanError: If it draws random numbers on the CPU: those of a step are
+                seeded by its number, and in a graph no generator can be seeded.
         """
         *state, batch = args
-        with torch.no_grad(), seeded(0, device_of(args[0])) as scope:
+        device = device_of(args[0])
+        self._loops = loops(device)
+        with torch.no_grad(), seeded(0, device) as scope:
             before = scope.states()
             *new, _, n = function(*state, batch)
-            if scope.drew_since(before):
+            if self._loops and scope.drew_since(before):
                 raise CannotScanError("random numbers are drawn")
         old, self._form = pytree.tree_flatten(state)
         results = [result for _, result in pairs(state, new)]
@@ -94,15 +110,29 @@ class Scan:
                 self._shared.add(i)
             known.add(id(result))
         self._function = function
-        self._watches = watches
+        self.watches = watches
+        self.made = 0
         # Places in what is carried. A mask may hold infinities from the start.
         self._finite = [
             place
             for place, i in enumerate(self._carried)
             if old[i].is_floating_point() and bool(torch.isfinite(old[i]).all())
         ]
-        self._orders = torch.zeros(LENGTH, self._size, dtype=torch.int64)
-        self._graph = Graph(self._run, backend, announced)
+        self._orders = torch.zeros(LENGTH, self._size, dtype=torch.int64, device=device)
+        if self._loops:
+            self._graph = Graph(self._run, backend, announced)
+            return
+        self._place = torch.zeros((), dtype=torch.int64, device=device)
+        self._sums = Mean.empty(device)
+        if not self._counts:
+            weight = self._sums.weight.to(self._sums.total.dtype)
+            self._sums = self._sums._replace(weight=weight)
+        self._graph = Graph(self._once, backend, announced, Pool())
+
+    @property
+    def why_not_replayed(self) -> str | None:
+        """Why a GPU launches kernels one by one; None if a step is launched as one."""
+        return self._graph.why_not_replayed
 
     def takes(self, orders: Tensor) -> bool:
         """Whether batches are of the size that it is compiled for."""
@@ -115,15 +145,77 @@ class Scan:
         mean: Mean,
         tensors: Sequence[Tensor],
         orders: Tensor,
+        seeding: Callable[[int], Any] = lambda _: Unseeded(),
     ) -> Mean:
-        """Makes a step for each row of indices, and returns the mean so far."""
+        """Makes a step for each row of indices, and returns the mean so far.
+
+        Args:
+            params: Overwritten, unless there is an error and `made` is 0.
+            carry: Likewise.
+            mean: Of the steps before.
+            tensors: All samples, on the device.
+            orders: Of shape (steps, B).
+            seeding: Makes a context for a step, in which it draws its numbers.
+        """
+        self.made = 0
         self._orders[: len(orders)] = orders
-        weight = mean.weight if self._counts else mean.weight.to(mean.total.dtype)
-        count = torch.tensor(len(orders))
         leaves = pytree.tree_leaves((params, carry))
-        args = (count, self._orders, mean.total, weight, tensors, leaves)
+        if self._loops:
+            weight = mean.weight if self._counts else mean.weight.to(mean.total.dtype)
+            count = torch.tensor(len(orders))
+            args = (count, self._orders, mean.total, weight, tensors, leaves)
+            with torch.no_grad():
+                return Mean(*self._graph(Unseeded, args))
+        sums = self._sums
         with torch.no_grad():
-            return Mean(*self._graph(Unseeded, args))
+            self._place.zero_()
+            sums.total.copy_(mean.total)
+            sums.weight.copy_(mean.weight)
+            args = (self._place, self._orders, *sums[:2], tensors, leaves)
+            for step in range(len(orders)):
+                # Nobody can change what was guarded before the first.
+                call = self._graph.again if step else self._graph
+                call(partial(seeding, step), args)
+                self.made += 1
+            return Mean(sums.total.clone(), sums.weight.clone())
+
+    def _step(
+        self,
+        tensors: Sequence[Tensor],
+        orders: Tensor,
+        leaves: list[Tensor],
+        i: Tensor,
+        total: Tensor,
+        weight: Tensor,
+        *moving: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """What one step makes of `(i, total, weight, *moving)`."""
+        now = list(leaves)
+        for place, tensor in zip(self._carried, moving, strict=True):
+            now[place] = tensor
+        state = pytree.tree_unflatten(now, self._form)
+        order = orders.index_select(0, i.view(1)).view(-1)
+        batch = [tensor.index_select(0, order) for tensor in tensors]
+        *new, loss_sum, n = self._function(*state, batch)
+        mean = Mean(total, weight).add(loss_sum, n)
+        results = [result for _, result in pairs(state, new)]
+        moved = [
+            results[i].clone() if i in self._shared else results[i]
+            for i in self._carried
+        ]
+        return i + 1, mean.total, mean.weight, *moved
+
+    def _once(
+        self,
+        i: Tensor,
+        orders: Tensor,
+        total: Tensor,
+        weight: Tensor,
+        tensors: Sequence[Tensor],
+        leaves: list[Tensor],
+    ) -> None:
+        start = [i, total, weight, *(leaves[place] for place in self._carried)]
+        write(start, list(self._step(tensors, orders, leaves, *start)))
 
     def _run(
         self,
@@ -134,35 +226,16 @@ class Scan:
         tensors: Sequence[Tensor],
         leaves: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        carried, shared, function, form = (
-            self._carried,
-            self._shared,
-            self._function,
-            self._form,
-        )
-
         def goes_on(i: Tensor, *_: Tensor) -> Tensor:
             return i < count
 
-        def step(
-            i: Tensor, total: Tensor, weight: Tensor, *moving: Tensor
-        ) -> tuple[Tensor, ...]:
-            now = list(leaves)
-            for place, tensor in zip(carried, moving, strict=True):
-                now[place] = tensor
-            state = pytree.tree_unflatten(now, form)
-            order = orders.index_select(0, i.view(1)).view(-1)
-            batch = [tensor.index_select(0, order) for tensor in tensors]
-            *new, loss_sum, n = function(*state, batch)
-            mean = Mean(total, weight).add(loss_sum, n)
-            results = [result for _, result in pairs(state, new)]
-            moved = [results[i].clone() if i in shared else results[i] for i in carried]
-            return i + 1, mean.total, mean.weight, *moved
+        def step(*moving: Tensor) -> tuple[Tensor, ...]:
+            return self._step(tensors, orders, leaves, *moving)
 
-        start = [leaves[place] for place in carried]
+        start = [leaves[place] for place in self._carried]
         i = torch.zeros((), dtype=torch.int64)
         _, total, weight, *end = while_loop(goes_on, step, (i, total, weight, *start))
-        if self._watches:
+        if self.watches:
             looked_at = [end[place] for place in self._finite]
             finite = torch.isfinite(grand_total(total, looked_at))
             end = [torch.where(finite, *both) for both in zip(end, start, strict=True)]
@@ -224,6 +297,8 @@ class CompiledFold:
     ) -> tuple[Params, OptState, Mean]:
         """As `fold` with the step, but `on_step` is called once for several."""
         passing = read(as_batches("batches", batches, passes=1))
+        if isinstance(passing, Indexed):
+            passing.move(device_of(params))
         if self._folds(passing, params, opt_state):
             mean = mean or Mean.empty(device_of(params))
             for orders in passing.orders(self._length):
@@ -237,6 +312,16 @@ class CompiledFold:
                         return params, end.opt_state, mean
             return params, opt_state, mean
         return fold(self._step, params, opt_state, passing, mean=mean, on_step=on_step)
+
+    @property
+    def why_not_replayed(self) -> str | None:
+        """Why a GPU launches kernels one by one; None if a step is launched as one."""
+        if self._scan is not None:
+            return self._scan.why_not_replayed
+        body = self._step.body
+        if isinstance(body, Compiled):
+            return body.why_not_replayed
+        return "batches are cut into micro-batches"
 
     def _folds(
         self, passing: Iterator[Batch], params: Params, opt_state: OptState
@@ -260,13 +345,16 @@ class CompiledFold:
         if not passing.ahead:
             raise CannotScanError("the sampler may look at what was done before")
         device = device_of(params)
-        if device.type != "cpu":
-            raise CannotScanError(f"on {device.type}, calls are no cost")
+        if device.type not in ("cpu", "cuda"):
+            raise CannotScanError(f"on {device.type} there is no loop")
+        if any(tensor.device != device for tensor in passing.tensors):
+            raise CannotScanError("the data do not fit on the GPU")
         try:
             args = (params, opt_state.carry, passing.peek())
         except StopIteration:  # which the fold of nothing will tell, if it is wrong
             return None
-        body, plan, watches = self._step.body, self._plan, bool(opt_state.gate)
+        body, plan = self._step.body, self._plan
+        watches = bool(opt_state.gate) and loops(device)
         function = getattr(body, "watching", None) if watches else body.function
         if function is None:
             raise CannotScanError("its gate has to see each step")
@@ -279,8 +367,9 @@ class CompiledFold:
         if not plan.worth_folding(shape, args):
             raise CannotScanError("a call is no cost beside such a step")
         backend = self._backend
-        if backend == "inductor" and plan.worth_fast_calls() and _CALLS_IN_CPP:
-            backend = functools.partial(inductor, cpp_wrapper=True)
+        fast = plan.worth_fast_calls() and _CALLS_IN_CPP and device.type == "cpu"
+        if backend == "inductor" and fast:
+            backend = partial(inductor, cpp_wrapper=True)
         return Scan(function, args, backend, plan.compiling, watches=watches)
 
     def _several(
@@ -292,15 +381,23 @@ class CompiledFold:
         orders: Tensor,
     ) -> tuple[Params, OptState, Mean]:
         """A step for each row of indices, in one call if they are of the right size."""
-        gate, steps = opt_state.gate, len(orders)
+        scan, gate, steps = self._scan, opt_state.gate, len(orders)
+        if scan is None or not scan.watches:
+            gate = ()  # or it is a part of the step
         finite = not gate or (
             gate.skipped <= gate.allowed and math.isfinite(mean.total)
         )
-        if finite and self._scan is not None and self._scan.takes(orders):
+        if finite and scan is not None and scan.takes(orders):
             carry = opt_state.carry
+
+            def seeding(step: int) -> seeded:
+                return seeded(seed_of(opt_state, step), device_of(params))
+
             try:
-                now = self._scan(params, carry, mean, passing.tensors, orders)
+                now = scan(params, carry, mean, passing.tensors, orders, seeding)
             except Exception as error:
+                if scan.made:
+                    raise
                 # Nothing was written yet. The caller's own mistakes raise again below.
                 self._give_up(f"{type(error).__name__}: {error}".split("\n\n")[0])
             else:

@@ -172,8 +172,7 @@ class TrainStep(NamedTuple):
         """Returns `(params, opt_state, loss_sum, n)`."""
 
         def seeding(part: int = 0) -> seeded:
-            # Seed and step are on the CPU: reading them waits for no device.
-            mixed = mix(int(opt_state.seed), int(opt_state.step))
+            mixed = seed_of(opt_state)
             return seeded(mix(mixed, part) if part else mixed, device_of(params))
 
         params, carry, loss_sum, n = self.body(seeding, params, opt_state.carry, batch)
@@ -205,6 +204,14 @@ class EvalStep(NamedTuple):
 
         with torch.no_grad():
             return self.body(seeding, params, batch)
+
+
+def seed_of(opt_state: OptState, ahead: int = 0) -> int:
+    """Of the random numbers that the step so many ahead draws.
+
+    Seed and step are on the CPU: reading them waits for no device.
+    """
+    return mix(int(opt_state.seed), int(opt_state.step) + ahead)
 
 
 def init(

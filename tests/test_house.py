@@ -22,7 +22,7 @@ FLOORS = [
     {"_losses", "_optimizers", "_batches", "_progress", "_precision", "_stopping"},
     {"_objective", "optim", "_schedule", "metrics"},
     {"_step", "_fold", "_coupling", "_baseline", "_checkpoint", "_order", "_watch"},
-    {"_products", "_isa"},
+    {"_products", "_isa", "_replay"},
     {"_compile", "_plan"},
     {"_scan", "_journal"},
     {"_fit"},
