@@ -68,6 +68,7 @@ TURN = 0.2  # seconds, at least an epoch
 SLOWEST_TURN = 120.0
 GPT2_BYTES = 3e9, 1.1e9  # of one process, and for each sample of a batch
 FASTER = 5.0
+CORES_TO_SPARE = 8
 
 
 class Key(NamedTuple):
@@ -188,7 +189,8 @@ class Child:
             self._process.wait()
             lines = self._errors.read_text().strip().splitlines()
             errors = [text for text in lines if "Error" in text] or lines
-            raise ChildError((errors or [f"status {self._process.returncode}"])[-1])
+            last = (errors or [f"status {self._process.returncode}"])[-1]
+            raise ChildError(last[:300])
         return json.loads(line)
 
     def end(self) -> None:
@@ -231,7 +233,7 @@ class Comparison:
                 self._end(children)
                 continue
             try:
-                if rest and _cores() > len(children):  # the next begins to import
+                if rest and _cores() >= CORES_TO_SPARE:  # the next begins to import
                     ahead = self._start(rest[0])
                 ready = self._warm_up(children)
                 self._time([c for c in ready if self.agrees(c.key) is not False])
@@ -280,9 +282,8 @@ class Comparison:
                 except ChildError as error:
                     self._fail(child, str(error))
                 else:
-                    said = Found(losses=answer["losses"], first=answer["first"])
-                    said.seconds = answer["seconds"]  # until there are better
-                    self.found[child.key] = said
+                    losses, first = answer["losses"], answer["first"]
+                    self.found[child.key] = Found(losses, first, answer["steps"])
                     ready.append(child)
                     print(f"ready: {', '.join(child.key)}", file=sys.stderr)
                 active.remove(child)
@@ -294,27 +295,30 @@ class Comparison:
 
     def _time(self, children: Sequence[Child]) -> None:
         """Rounds over all of them; one at least."""
-        epochs = {}
+        epochs = dict.fromkeys(children, 1)
         for child in children:
-            found = self.found[child.key]
-            usual = max(found.seconds[-1], 1e-6)
-            epochs[child] = min(max(1, round(TURN / usual)), 200)
-            found.seconds = []
+            # How fast a small work was while others compiled says little.
+            if child.key.work not in LARGE and (trial := self._turn(child, 1)):
+                epochs[child] = min(max(1, round(TURN / trial["seconds"][0])), 200)
         for made in range(self._rounds):
             if made and monotonic() >= self._deadline:
                 break
             for child in children:
-                found = self.found[child.key]
-                if found.error:
-                    continue
-                child.tell(epochs=epochs[child])
-                try:
-                    answer = child.answer(SLOWEST_TURN)
-                except (TimeoutError, ChildError) as error:
-                    self._fail(child, str(error) or "did not answer")
-                else:
+                if answer := self._turn(child, epochs[child]):
+                    found = self.found[child.key]
                     found.seconds += answer["seconds"]
                     found.wholes.append(answer["whole"])
+
+    def _turn(self, child: Child, epochs: int) -> dict[str, Any] | None:
+        """So many epochs of one that has not failed."""
+        if self.found[child.key].error:
+            return None
+        child.tell(epochs=epochs)
+        try:
+            return child.answer(SLOWEST_TURN)
+        except (TimeoutError, ChildError) as error:
+            self._fail(child, str(error) or "did not answer")
+            return None
 
     def _finish(self, children: Sequence[Child]) -> None:
         children = [child for child in children if not self.found[child.key].error]
@@ -328,7 +332,7 @@ class Comparison:
                 found.remark = f"at the end: {error}"
             else:
                 found.peak, found.timed = answer["peak"], answer["timed"]
-                found.remark, found.steps = answer["remark"], answer["steps"]
+                found.remark = answer["remark"]
 
     def _fail(self, child: Child, why: str) -> None:
         self.found.setdefault(child.key, Found()).error = why

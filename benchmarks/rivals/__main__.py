@@ -27,8 +27,9 @@ LOOPS = {
 class Turns:
     """Is called after each epoch, and waits until the next is wanted."""
 
-    def __init__(self, loop: Any, device: Any, answers: TextIO) -> None:
+    def __init__(self, loop: Any, device: Any, steps: int, answers: TextIO) -> None:
         """Nothing is wanted yet."""
+        self._steps = steps
         self._loop = loop
         self._device = device
         self._answers = answers
@@ -49,7 +50,7 @@ class Turns:
             return True
         whole = (perf_counter() - self._begun) / self._wanted
         answer = {"seconds": self._seconds, "losses": self._losses, "whole": whole}
-        self.say(answer | {"first": self._first})
+        self.say(answer | {"first": self._first, "steps": self._steps})
         return self.wait()
 
     def wait(self) -> bool:
@@ -99,14 +100,12 @@ def main() -> None:
         import jax
 
         jax.config.update("jax_default_matmul_precision", "highest")
-    turns = Turns(loop, device, answers)
+    turns = Turns(loop, device, chosen.work.steps, answers)
     if not turns.wait():
         return
     remark = getattr(loop, function)(chosen, device, turns)
     timed = loop.memory(device)
-    peak = turns.peak or timed
-    steps = chosen.work.steps
-    turns.say({"peak": peak, "timed": timed, "remark": remark, "steps": steps})
+    turns.say({"peak": turns.peak or timed, "timed": timed, "remark": remark})
 
 
 if __name__ == "__main__":
