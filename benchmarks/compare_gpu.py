@@ -436,7 +436,8 @@ def results(compared: Comparison, name: str, rivals: Sequence[str]) -> str:
         losses = "?" if apart is None else f"{apart:.0e}"
         if compared.agrees(key) is False:
             losses += " disagrees"
-        row = [rival, *[""] * 6, f"{found.first:.1f}", losses]
+        first = "" if math.isnan(found.first) else f"{found.first:.1f}"
+        row = [rival, *[""] * 6, first, losses]
         if timed is not None:
             per_step = 1e6 / timed.steps
             best, middle = _pace(timed)
