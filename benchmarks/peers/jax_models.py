@@ -80,24 +80,40 @@ def translated(work: Work, model: nn.Module) -> Translated:
         weights["8.weight"] = np.moveaxis(flat, 1, -1).reshape(classes, -1)
     else:
         forward = partial(_mlp, tuple(sorted({int(n.split(".")[0]) for n in weights})))
-    params, buffers = jax.tree.map(jnp.array, (weights, buffers))
-    zeros = partial(jax.tree.map, jnp.zeros_like)
-    state = State(params, buffers, zeros(params), zeros(params), jnp.zeros(()))
-    step = partial(_step, forward, work.rate)
+    state = start(weights, buffers)
+    step = partial(training_step, forward, work.rate)
     targets = work.targets.numpy().astype(np.int32)
     return Translated(state, step, inputs, targets, unroll=forward is _conv_net)
 
 
-def _step(
-    forward: Forward, rate: float, state: State, batch: tuple[jax.Array, jax.Array]
+def start(weights: Weights, buffers: Weights) -> State:
+    """The state before the first step."""
+    params, buffers = jax.tree.map(jnp.array, (weights, buffers))
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return State(params, buffers, zeros(params), zeros(params), jnp.zeros(()))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean over all targets; the classes come last."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_probs, targets[..., None], axis=-1).mean()
+
+
+def training_step(
+    forward: Forward,
+    rate: float,
+    state: State,
+    batch: tuple[jax.Array, jax.Array],
+    *,
+    decay: float = 0.0,
+    loss_fn: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
 ) -> tuple[State, jax.Array]:
+    """One step of Adam, or with a decay of the weights AdamW; returns the loss too."""
     inputs, targets = batch
 
     def loss_of(params: Weights) -> tuple[jax.Array, Weights]:
         logits, buffers = forward(params, state.buffers, inputs)
-        log_probs = jax.nn.log_softmax(logits)
-        chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)
-        return -chosen.mean(), buffers
+        return loss_fn(logits, targets), buffers
 
     (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     t = state.t + 1
@@ -105,7 +121,9 @@ def _step(
     m = jax.tree.map(lambda m, g: m + (1 - BETA1) * (g - m), state.m, grads)
     v = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g * g, state.v, grads)
     params = jax.tree.map(
-        lambda p, m, v: p - rate_now * m / (jnp.sqrt(v) / root + ADAM_EPS),
+        lambda p, m, v: (
+            p * (1 - rate * decay) - rate_now * m / (jnp.sqrt(v) / root + ADAM_EPS)
+        ),
         state.params,
         m,
         v,
@@ -113,7 +131,8 @@ def _step(
     return State(params, buffers, m, v, t), loss
 
 
-def _linear(params: Weights, name: str, x: jax.Array) -> jax.Array:
+def linear(params: Weights, name: str, x: jax.Array) -> jax.Array:
+    """As `nn.Linear`."""
     return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
 
 
@@ -121,8 +140,8 @@ def _mlp(
     layers: tuple[int, ...], params: Weights, buffers: Weights, x: jax.Array
 ) -> tuple[jax.Array, Weights]:
     for layer in layers[:-1]:
-        x = jax.nn.relu(_linear(params, str(layer), x))
-    return _linear(params, str(layers[-1]), x), buffers
+        x = jax.nn.relu(linear(params, str(layer), x))
+    return linear(params, str(layers[-1]), x), buffers
 
 
 def _conv_net(
@@ -138,22 +157,33 @@ def _conv_net(
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         x += params[f"{conv}.bias"]
-        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        size = x.size // x.shape[-1]
-        now = {"mean": mean, "var": var * size / (size - 1)}
-        for name, value in now.items():
-            key = f"{norm}.running_{name}"
-            moved[key] = buffers[key] + MOMENTUM * (value - buffers[key])
-        count = f"{norm}.num_batches_tracked"
-        moved[count] = buffers[count] + 1
-        scale = params[f"{norm}.weight"] * jax.lax.rsqrt(var + EPS)
-        x = jax.nn.relu((x - mean) * scale + params[f"{norm}.bias"])
+        x, now = batch_norm(params, buffers, norm, x)
+        moved |= now
+        x = jax.nn.relu(x)
     n, rows, columns, channels = x.shape
     x = x.reshape(n, rows // 2, 2, columns // 2, 2, channels).max((2, 4))
-    return _linear(params, "8", x.reshape(n, -1)), moved
+    return linear(params, "8", x.reshape(n, -1)), moved
 
 
-def _layer_norm(params: Weights, name: str, x: jax.Array) -> jax.Array:
+def batch_norm(
+    params: Weights, buffers: Weights, name: str, x: jax.Array
+) -> tuple[jax.Array, Weights]:
+    """As `nn.BatchNorm2d` of channels that come last; and its buffers, moved."""
+    moved: Weights = {}
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    size = x.size // x.shape[-1]
+    now = {"mean": mean, "var": var * size / (size - 1)}
+    for statistic, value in now.items():
+        key = f"{name}.running_{statistic}"
+        moved[key] = buffers[key] + MOMENTUM * (value - buffers[key])
+    count = f"{name}.num_batches_tracked"
+    moved[count] = buffers[count] + 1
+    scale = params[f"{name}.weight"] * jax.lax.rsqrt(var + EPS)
+    return (x - mean) * scale + params[f"{name}.bias"], moved
+
+
+def layer_norm(params: Weights, name: str, x: jax.Array) -> jax.Array:
+    """As `nn.LayerNorm`."""
     mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     x = (x - mean) * jax.lax.rsqrt(var + EPS)
     return x * params[f"{name}.weight"] + params[f"{name}.bias"]
@@ -168,7 +198,7 @@ def _attention(params: Weights, name: str, x: jax.Array) -> jax.Array:
     past = np.tril(np.ones((length, length), dtype=bool))
     found = jax.nn.softmax(jnp.where(past, scores, -jnp.inf)) @ v
     found = found.swapaxes(1, 2).reshape(n, length, width)
-    return _linear(params, f"{name}.out_proj", found)
+    return linear(params, f"{name}.out_proj", found)
 
 
 def _transformer(
@@ -176,9 +206,9 @@ def _transformer(
 ) -> tuple[jax.Array, Weights]:
     x = params["embed.weight"][tokens] + params["place"]
     for name in ("layers.layers.0", "layers.layers.1"):
-        normed = _layer_norm(params, f"{name}.norm1", x)
+        normed = layer_norm(params, f"{name}.norm1", x)
         x += _attention(params, f"{name}.self_attn", normed)
-        normed = _layer_norm(params, f"{name}.norm2", x)
-        hidden = jax.nn.relu(_linear(params, f"{name}.linear1", normed))
-        x += _linear(params, f"{name}.linear2", hidden)
-    return _linear(params, "head", x), buffers
+        normed = layer_norm(params, f"{name}.norm2", x)
+        hidden = jax.nn.relu(linear(params, f"{name}.linear1", normed))
+        x += linear(params, f"{name}.linear2", hidden)
+    return linear(params, "head", x), buffers
