@@ -147,8 +147,9 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     from lossloop._isa import vector_options
     from lossloop._products import BiasApart
 
+    on_cpu = all(t.device.type == "cpu" for t in inputs if isinstance(t, Tensor))
     patches = {
-        **vector_options(),
+        **(vector_options() if on_cpu else {}),
         "size_asserts": False,  # the guards know the sizes of the inputs already
         "post_grad_custom_post_pass": BiasApart(),
     }
@@ -365,7 +366,13 @@ class Compiled:
 
     def _eagerly(self, seeding: Seeding, args: tuple[Any, ...]) -> Any:
         with seeding():
-            return (self._in_place or self.function)(*args)
+            result = (self._in_place or self.function)(*args)
+        pool, count = self._pool, self._donate
+        if count and pool is not None and pool.serves(pytree.tree_leaves(args[0])):
+            # Captured graphs, of other shapes of batch, know the state by address.
+            write(args[:count], result[:count])
+            return *args[:count], *result[count:]
+        return result
 
     def _runs_eagerly(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         if shape is None:

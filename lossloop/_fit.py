@@ -370,7 +370,7 @@ def fit(
     watch = Watch(goal)
     try:
         batches, unused = _checked(
-            goal, train, val, frozen, accumulate, eval_step, watch
+            goal, train, val, frozen, accumulate, precision, eval_step, watch
         )
     except BaseException:
         generators.put_back(train)
@@ -892,6 +892,7 @@ def _checked(
     val: Iterable[Batch] | None,
     frozen: Iterable[Batch] | None,
     accumulate: int,
+    precision: Precision,
     eval_step: EvalStep,
     watch: Watch,
 ) -> tuple[Iterator[Batch], set[str]]:
@@ -917,15 +918,17 @@ def _checked(
     # No more at once than a step will take.
     looks = split(batch, accumulate) if accumulate > 1 else [batch]
     for look in looks:
-        goal.check("train_loader, batch 1", params, look)
+        with autocast(precision, params):  # or it would take more memory than a step
+            goal.check("train_loader, batch 1", params, look)
     watch.learn(looks[0])
     watch.whole("train_loader", train)
     watch.last("train_loader", train, looks[0])
     if frozen is not None:
         watch.whole("frozen_train_loss", frozen)
-    unused = set[str].intersection(
-        *(goal.without_gradient(params, look) for look in looks)
-    )
+    with autocast(precision, params):
+        unused = set[str].intersection(
+            *(goal.without_gradient(params, look) for look in looks)
+        )
     if reason := coupled_loss(goal, params, looks[0]):
         warnings.warn(
             f"fit: the loss of the first batch is not the sum of the losses of its "
@@ -947,7 +950,8 @@ def _checked(
         seen = None if val is None else peek("val_loader", val)
     if val is not None and seen is not None:
         batch = to_device(seen, device)
-        goal.check("val_loader, batch 1", params, batch, train=False)
+        with autocast(precision, params):
+            goal.check("val_loader, batch 1", params, batch, train=False)
         watch.whole("val_loader", val)
         if isinstance(val, PaddedLast):
             _check_padding("val_loader", goal, params, batch)

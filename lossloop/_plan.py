@@ -21,9 +21,10 @@ SECONDS_TO_COMPILE = 10.0
 SECONDS_TO_COMPILE_PER_OPERATOR = 0.05
 FEWEST_STEPS = 100  # below, the cost is not even counted
 LARGEST_COUNTED_WITH_DATA = 1e6  # numbers in the arguments
-# In one call with others, a step writes its new state to new memory: beyond this number
-# of elements that costs more than the call.
-LARGEST_FOLDED_STEP = 1e7
+# In one call with others, a step on the CPU writes its new state to new memory: beyond
+# this number of elements that costs more than the call. On a GPU it does not, but
+# nothing is seen or saved before the end of the call.
+LARGEST_FOLDED_STEP = {"cpu": 1e7, "cuda": 1e9}
 # In C++ instead of Python, the calls of kernels in a fold take some 25 us less a step,
 # and 4 s more to compile.
 STEPS_FOR_FAST_CALLS = 100_000
@@ -251,7 +252,8 @@ class CompilePlan:
 
     def worth_folding(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         """Whether to make many steps in one call."""
-        return self._cost(shape, args).elements <= LARGEST_FOLDED_STEP
+        device = pytree.tree_leaves(args)[0].device.type
+        return self._cost(shape, args).elements <= LARGEST_FOLDED_STEP[device]
 
     def _cost(self, shape: Hashable, args: tuple[Any, ...]) -> Cost:
         if shape not in self._costs:

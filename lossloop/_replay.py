@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class Pool:
 
     def __init__(self) -> None:
         self._handle: Any = None
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: Any = None
+        self._first: Captured | None = None
 
     def serves(self, args: Sequence[Any]) -> bool:
         """Whether what takes these arguments runs on a GPU."""
@@ -46,16 +48,30 @@ class Pool:
 
         A generator that it draws from is read anew by each replay.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(args[0].device):
-            if self._stream is None:
+        device = args[0].device
+        nothing_much = partial(torch.zeros, 1, device=device)
+        with torch.cuda.device(device):
+            if self._first is None:
                 self._stream = torch.cuda.Stream()
                 self._handle = torch.cuda.graph_pool_handle()
-            # Other threads, such as one that pins batches, may go on meanwhile.
-            with torch.cuda.graph(
-                graph, self._handle, self._stream, capture_error_mode="thread_local"
-            ):
-                outputs = function(*args)
+                # The memory is given up with its last graph, so that one must stay.
+                self._first = self._captured(nothing_much)
+            # One that fails leaves its stream the current one.
+            with torch.cuda.stream(self._stream):
+                try:
+                    return self._captured(partial(function, *args))
+                except Exception:
+                    # And generators as if it went on, which the next puts right.
+                    self._captured(nothing_much)
+                    raise
+
+    def _captured(self, call: Callable[[], Any]) -> Captured:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as one that pins batches, may go on meanwhile.
+        with torch.cuda.graph(
+            graph, self._handle, self._stream, capture_error_mode="thread_local"
+        ):
+            outputs = call()
         return Captured(graph.replay, outputs)
 
 

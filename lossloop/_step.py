@@ -413,7 +413,12 @@ def make_step(
         passes, gate = judged(carry.gate, good)
         # What may have to be kept may not have been written to.
         new = descend(now, carry, grads, in_place=False)
-        kept = pytree.tree_map(partial(torch.where, passes), new, (params, carry))
+
+        def choose(new: Tensor, old: Tensor) -> Tensor:
+            # What is left alone, like a rate, is not to be returned as something new.
+            return old if new is old else torch.where(passes, new, old)
+
+        kept = pytree.tree_map(choose, new, (params, carry))
         return kept[0], kept[1]._replace(gate=gate)
 
     def descend(

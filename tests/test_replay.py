@@ -88,8 +88,10 @@ def losses(step, state, data):
 
 
 def same(one, other):
-    leaves = pytree.tree_leaves(one), pytree.tree_leaves(other)
-    return all(map(torch.equal, *leaves)) and len(leaves[0]) == len(leaves[1])
+    leaves, others = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    return all(
+        a is b is None or torch.equal(a, b) for a, b in zip(leaves, others, strict=True)
+    )
 
 
 def donating(step):
@@ -282,7 +284,7 @@ def test_fit_is_the_same(model, recorder, monkeypatch):
     one_by_one = run(on_step=lambda record: None)
     assert folded[0] == one_by_one[0]
     assert same(folded[1:], one_by_one[1:])
-    assert recorder.replays > 40
+    assert recorder.replays >= 2 * 6 * 4
 
 
 def test_after_steps_were_made_an_error_is_the_callers(recorder):
@@ -381,6 +383,40 @@ def test_cuda_data_in_memory_are_copied_once_in_a_run():
         passing.move(device)
         assert passing.tensors[0] is not passes[0][0]
         assert passing.tensors[1] is passes[0][1]
+
+
+class Waits(nn.Module):
+    """Reads the host, which no graph of CUDA can."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x + torch.ops.lossloop_test.from_host(x), 0.5)
+
+
+@gpu
+@pytest.mark.slow
+def test_cuda_goes_on_after_a_capture_that_failed():
+    """With the stream and the generators as they were."""
+
+    @torch.library.custom_op("lossloop_test::from_host", mutates_args=())
+    def from_host(x: Tensor) -> Tensor:
+        return torch.ones(x.shape).to(x.device)
+
+    from_host.register_fake(torch.empty_like)
+    from_host.register_autograd(lambda ctx, grad: None)
+    stream = torch.cuda.current_stream()
+    goal = ll.supervised(nn.Sequential(Waits(), nn.Linear(5, 3)).cuda(), LOSS)
+    step = ll.make_step(goal, torch.optim.SGD)
+    state, data = ll.init(goal, torch.optim.SGD), moved(batches(5))
+    donated = ll.compile_step(step, donate=True)
+    found = losses(donated, copy.deepcopy(state), data)
+    assert "cannot be captured" in donated.body.why_not_replayed
+    assert torch.cuda.current_stream() == stream
+    assert all(bool(torch.isfinite(t)) for t in found[0])
+    assert torch.nn.functional.dropout(data[0][0], 0.5).isfinite().all()
+    other, state = parts(dropout)
+    donated = ll.compile_step(other, donate=True)
+    losses(donated, on_gpu(state), data)
+    assert donated.body.why_not_replayed is None
 
 
 @gpu

@@ -327,7 +327,7 @@ def test_only_a_long_run_calls_its_kernels_from_cpp(monkeypatch, epochs, in_cpp)
 
 @pytest.mark.usefixtures("quick")
 def test_a_large_step_is_not_folded(monkeypatch):
-    monkeypatch.setattr("lossloop._plan.LARGEST_FOLDED_STEP", 10)
+    monkeypatch.setattr("lossloop._plan.LARGEST_FOLDED_STEP", {"cpu": 10})
     result = trained()
     assert "a call is no cost beside such a step" in result.compiled.reason
 
