@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lossloop as ll
 from lossloop import _checkpoint, _compile, _files
+from lossloop._checkpoint import Checkpoints
 from lossloop._journal import Journal
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -518,6 +519,16 @@ def test_a_directory_of_another_run_is_refused(tmp_path):
         ll.fit(
             model, nn.CrossEntropyLoss(), SGD, loader(), epochs=1, checkpoint=tmp_path
         )
+
+
+@pytest.mark.parametrize("schedule", [None, SCHEDULES["plateau"]])
+def test_a_directory_in_use_is_refused(schedule, tmp_path):
+    with (
+        Checkpoints(tmp_path).lock(),
+        pytest.raises(RuntimeError, match="Another run is writing"),
+    ):
+        run(tmp_path, schedule=schedule)
+    assert run(tmp_path, schedule=schedule)[0].status == "finished"
 
 
 @pytest.mark.parametrize(
