@@ -272,8 +272,8 @@ class Checkpoints:
     def lock(self) -> Generator[None]:
         """Keeps other runs from writing here, until the context or the process ends.
 
-        First it removes what dead processes left unfinished, and in the end it waits
-        until everything is written.
+        First it removes what dead processes left: files that are not finished, and
+        checkpoints that are too many. In the end it waits until everything is written.
 
         Raises:
             RuntimeError: If another run writes here.
@@ -285,6 +285,7 @@ class Checkpoints:
                 if is_left_over(name):
                     with suppress(OSError):
                         self._files.unlink(os.path.join(self.directory, name))
+            self._prune()
             yield
         except BaseException as error:
             try:
@@ -383,10 +384,15 @@ class Checkpoints:
         path = os.path.join(self.directory, name)
         write_file(path, packed.chunks(), self._files)
         self._whole[name] = True
+        self._prune()
+
+    def _prune(self) -> None:
+        """Deletes the checkpoints that are too many, the oldest."""
         whole = 0
         # What cannot be deleted now is, after the next.
         with suppress(OSError):
-            for name in _names(self.directory, self._files):
+            names = _names(self.directory, self._files)
+            for name in names if len(names) > self._keep else ():
                 path = os.path.join(self.directory, name)
                 if whole >= self._keep:
                     self._files.unlink(path)

@@ -791,6 +791,16 @@ def test_what_dead_processes_left_is_removed(tmp_path):
         assert names(tmp_path) == sorted([alive, ".tmp-mine"])
 
 
+def test_what_a_killed_run_had_too_many_is_removed(tmp_path):
+    """It was killed when it had written one, and had not yet deleted another."""
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for epoch in (1, 2, 3):
+        checkpoints.save(Run({"weight": torch.ones(2)}, (), epoch))
+    with Checkpoints(tmp_path).lock():
+        assert len(names(tmp_path)) == 2
+    assert load(tmp_path).epoch == 3
+
+
 class Slow(Files):
     """Writes once it may, or fails."""
 
