@@ -254,7 +254,7 @@ class Checkpoints:
         self._keep = keep
         # By name, whether it is whole, where that is known.
         self._whole: dict[str, bool] = {}
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         place = Path(self.directory)
         if place.exists() and not place.is_dir():
@@ -297,8 +297,11 @@ class Checkpoints:
             self.wait()
         finally:
             if fd in _HELD:  # and this is no forked process
-                _HELD.remove(fd)
-                os.close(fd)
+                try:
+                    self._finish()
+                finally:
+                    _HELD.remove(fd)
+                    os.close(fd)
 
     def _locked(self) -> int | None:
         """A file that holds the lock as long as it is open."""
@@ -365,6 +368,8 @@ class Checkpoints:
         """
         self.wait()
         packed = _Packed(run, copy=True)
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending = self._writer.submit(self._commit, run.epoch, run.batch, packed)
 
     def wait(self) -> None:
@@ -378,6 +383,12 @@ class Checkpoints:
             wait([pending])  # if this is interrupted, it is waited for again
             self._pending = None
             pending.result()
+
+    def _finish(self) -> None:
+        """Ends the thread, with whatever it does."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.shutdown()
 
     def _commit(self, epoch: int, batch: int, packed: "_Packed") -> None:
         name = f"ckpt-{epoch:06}-{batch:08}.safetensors"

@@ -460,5 +460,29 @@ def main():
         print(json.dumps(answer), flush=True)  # noqa: T201
 
 
+@contextlib.contextmanager
+def served(new_directory):
+    """`campaign`, in a process that has imported torch once for all."""
+    server = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def asked(**wish):
+        wish = {"directory": str(new_directory()), "seed": 0} | wish
+        print(json.dumps(wish), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())
+        print(answer)  # noqa: T201
+        assert "error" not in answer, answer["error"]
+        return answer
+
+    yield asked
+    server.stdin.close()
+    assert server.wait(30) == 0
+    server.stdout.close()
+
+
 if __name__ == "__main__":
     main()

@@ -4,11 +4,9 @@ Random kills find no rare windows: with none of 200 wrong, up to 1.5 % may be. T
 enumerated in `test_files`.
 """
 
-import json
 import os
-import subprocess
-import sys
 
+import killing
 import pytest
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -20,27 +18,8 @@ FRESH = 30 if LONG else 3
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """That of `killing`, in a process that has imported torch once for all."""
-    script = os.path.join(os.path.dirname(__file__), "killing.py")
-    pipe = subprocess.PIPE
-    server = subprocess.Popen(
-        [sys.executable, script], stdin=pipe, stdout=pipe, text=True
-    )
-
-    def asked(**wish):
-        directory = str(tmp_path_factory.mktemp("runs"))
-        server.stdin.write(json.dumps({"directory": directory, "seed": 0} | wish))
-        server.stdin.write("\n")
-        server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
-        print(answer)  # noqa: T201
-        assert "error" not in answer, answer["error"]
-        return answer
-
-    yield asked
-    server.stdin.close()
-    assert server.wait(30) == 0
-    server.stdout.close()
+    with killing.served(lambda: tmp_path_factory.mktemp("runs")) as asked:
+        yield asked
 
 
 def test_there_are_200_kills_and_2000_at_night():
