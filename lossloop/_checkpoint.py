@@ -7,10 +7,11 @@ import os
 import re
 import stat
 import warnings
+from _thread import allocate_lock, start_new_thread
 from collections import Counter, OrderedDict
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -254,8 +255,7 @@ class Checkpoints:
         self._keep = keep
         # By name, whether it is whole, where that is known.
         self._whole: dict[str, bool] = {}
-        self._writer: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
+        self._pending: _Background | None = None
         place = Path(self.directory)
         if place.exists() and not place.is_dir():
             raise ValueError(
@@ -297,11 +297,8 @@ class Checkpoints:
             self.wait()
         finally:
             if fd in _HELD:  # and this is no forked process
-                try:
-                    self._finish()
-                finally:
-                    _HELD.remove(fd)
-                    os.close(fd)
+                _HELD.remove(fd)
+                os.close(fd)
 
     def _locked(self) -> int | None:
         """A file that holds the lock as long as it is open."""
@@ -368,9 +365,8 @@ class Checkpoints:
         """
         self.wait()
         packed = _Packed(run, copy=True)
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._pending = self._writer.submit(self._commit, run.epoch, run.batch, packed)
+        self._pending = _Background()
+        self._pending.start(partial(self._commit, run.epoch, run.batch, packed))
 
     def wait(self) -> None:
         """Waits until everything is written.
@@ -380,15 +376,10 @@ class Checkpoints:
         """
         pending = self._pending
         if pending is not None:
-            wait([pending])  # if this is interrupted, it is waited for again
+            pending.wait()  # if this is interrupted, it is waited for again
             self._pending = None
-            pending.result()
-
-    def _finish(self) -> None:
-        """Ends the thread, with whatever it does."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.shutdown()
+            if pending.error is not None:
+                raise pending.error
 
     def _commit(self, epoch: int, batch: int, packed: "_Packed") -> None:
         name = f"ckpt-{epoch:06}-{batch:08}.safetensors"
@@ -419,6 +410,47 @@ class Checkpoints:
             except (CheckpointCorrupt, FileNotFoundError):
                 self._whole[name] = False
         return self._whole[name]
+
+
+class _Background:
+    """Something that is done in a thread, and waited for again after interruptions.
+
+    Those of `threading` and `concurrent.futures` take locks in Python: a signal that
+    raises at the wrong moment leaves them locked, and everybody waits forever. Here a
+    signal is heeded only where that changes nothing.
+
+    Attributes:
+        error: What it raised.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._over = True
+        self._lock = allocate_lock()  # until it is over
+        self._lock.acquire()
+
+    def start(self, function: Callable[[], object]) -> None:
+        """Begins."""
+        self._over = False
+        try:
+            start_new_thread(self._run, (function,))
+        except RuntimeError:  # there can be no more threads
+            self._over = True
+            raise
+
+    def wait(self) -> None:
+        """Waits until it is over."""
+        while not self._over:
+            self._lock.acquire()
+
+    def _run(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._over = True
+            self._lock.release()
 
 
 def _names(directory: str, files: Files) -> list[str]:

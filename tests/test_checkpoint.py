@@ -842,26 +842,16 @@ def test_the_caller_goes_on_while_a_copy_is_written(tmp_path):
     assert names(tmp_path) == [file_name(7), file_name(8)]
 
 
-def test_no_thread_is_left(tmp_path):
-    before = threading.active_count()
-    checkpoints = Checkpoints(tmp_path)
-    for epoch in (1, 2):
-        with checkpoints.lock():
-            checkpoints.save_soon(Run({"weight": torch.ones(2)}, (), epoch))
-        assert threading.active_count() == before
-    assert load(tmp_path).epoch == 2
-
-
 def test_an_interrupted_wait_does_not_give_up_what_is_written(tmp_path, monkeypatch):
     files = Slow()
     checkpoints = Checkpoints(tmp_path, files)
 
-    def interrupted(_):
+    def interrupted(self):
         monkeypatch.undo()
         files.may.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_checkpoint, "wait", interrupted)
+    monkeypatch.setattr(_checkpoint._Background, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt), checkpoints.lock():
         checkpoints.save_soon(run_at(1)) or checkpoints.wait()
     assert names(tmp_path) == [file_name(1)]

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import lossloop as ll
 from lossloop import _files, _fit
+from lossloop._checkpoint import Checkpoints
 from lossloop._interruption import Interruption
 from lossloop._journal import Journal
+from lossloop._run import Run
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 EPOCHS = 2
@@ -145,15 +147,15 @@ def test_signals_in_every_phase(phase, first, twice, alone, tmp_path, monkeypatc
 
 
 class Calls:
-    """Interrupts after so many calls, from the first one of a function.
+    """Interrupts after so many calls, from the first one of a function, if any.
 
     Python heeds signals when a function is called, and when one in C returns.
     """
 
     def __init__(self, first, count):
         self.left = count
-        self._first = first.__code__
-        self._begun = False
+        self._first = first and first.__code__
+        self._begun = first is None
 
     def __enter__(self):
         sys.setprofile(self._note)
@@ -181,6 +183,30 @@ def test_a_second_one_while_the_handlers_are_put_back(count, alone, tmp_path):
         script()
     assert calls.left <= 0
     goes_on(tmp_path, alone)
+
+
+def test_one_at_any_call_of_a_save_in_the_background(tmp_path):
+    """Locks of Python's own threads would stay locked, and be waited for forever."""
+    run = Run({"weight": torch.ones(2)}, (), 1)
+    interrupted, count = 0, 0
+    while interrupted == count:
+        count += 1
+        directory = tmp_path / str(count)
+        checkpoints = Checkpoints(directory)
+        signal.alarm(20)  # ends the tests, as nothing else would
+        with checkpoints.lock():
+            checkpoints.save_soon(run)
+            try:
+                with Calls(None, count):
+                    checkpoints.wait()
+                    checkpoints.save_soon(run._replace(epoch=2))
+                    checkpoints.wait()
+            except KeyboardInterrupt:
+                interrupted += 1
+        signal.alarm(0)
+        assert ll.load(directory).epoch in (1, 2)
+        assert not [*directory.glob(".tmp*")]
+    assert count > 100
 
 
 def test_one_that_comes_when_all_is_done(alone, tmp_path, monkeypatch):
