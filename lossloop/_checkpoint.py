@@ -7,10 +7,11 @@ import os
 import re
 import stat
 import warnings
+from _thread import allocate_lock, start_new_thread
 from collections import Counter, OrderedDict
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -254,8 +255,7 @@ class Checkpoints:
         self._keep = keep
         # By name, whether it is whole, where that is known.
         self._whole: dict[str, bool] = {}
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: _Background | None = None
         place = Path(self.directory)
         if place.exists() and not place.is_dir():
             raise ValueError(
@@ -272,8 +272,8 @@ class Checkpoints:
     def lock(self) -> Generator[None]:
         """Keeps other runs from writing here, until the context or the process ends.
 
-        First it removes what dead processes left unfinished, and in the end it waits
-        until everything is written.
+        First it removes what dead processes left: files that are not finished, and
+        checkpoints that are too many. In the end it waits until everything is written.
 
         Raises:
             RuntimeError: If another run writes here.
@@ -285,6 +285,7 @@ class Checkpoints:
                 if is_left_over(name):
                     with suppress(OSError):
                         self._files.unlink(os.path.join(self.directory, name))
+            self._prune()
             yield
         except BaseException as error:
             try:
@@ -364,7 +365,8 @@ class Checkpoints:
         """
         self.wait()
         packed = _Packed(run, copy=True)
-        self._pending = self._writer.submit(self._commit, run.epoch, run.batch, packed)
+        self._pending = _Background()
+        self._pending.start(partial(self._commit, run.epoch, run.batch, packed))
 
     def wait(self) -> None:
         """Waits until everything is written.
@@ -374,19 +376,25 @@ class Checkpoints:
         """
         pending = self._pending
         if pending is not None:
-            wait([pending])  # if this is interrupted, it is waited for again
+            pending.wait()  # if this is interrupted, it is waited for again
             self._pending = None
-            pending.result()
+            if pending.error is not None:
+                raise pending.error
 
     def _commit(self, epoch: int, batch: int, packed: "_Packed") -> None:
         name = f"ckpt-{epoch:06}-{batch:08}.safetensors"
         path = os.path.join(self.directory, name)
         write_file(path, packed.chunks(), self._files)
         self._whole[name] = True
+        self._prune()
+
+    def _prune(self) -> None:
+        """Deletes the checkpoints that are too many, the oldest."""
         whole = 0
         # What cannot be deleted now is, after the next.
         with suppress(OSError):
-            for name in _names(self.directory, self._files):
+            names = _names(self.directory, self._files)
+            for name in names if len(names) > self._keep else ():
                 path = os.path.join(self.directory, name)
                 if whole >= self._keep:
                     self._files.unlink(path)
@@ -402,6 +410,47 @@ class Checkpoints:
             except (CheckpointCorrupt, FileNotFoundError):
                 self._whole[name] = False
         return self._whole[name]
+
+
+class _Background:
+    """Something that is done in a thread, and waited for again after interruptions.
+
+    Those of `threading` and `concurrent.futures` take locks in Python: a signal that
+    raises at the wrong moment leaves them locked, and everybody waits forever. Here a
+    signal is heeded only where that changes nothing.
+
+    Attributes:
+        error: What it raised.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._over = True
+        self._lock = allocate_lock()  # until it is over
+        self._lock.acquire()
+
+    def start(self, function: Callable[[], object]) -> None:
+        """Begins."""
+        self._over = False
+        try:
+            start_new_thread(self._run, (function,))
+        except RuntimeError:  # there can be no more threads
+            self._over = True
+            raise
+
+    def wait(self) -> None:
+        """Waits until it is over."""
+        while not self._over:
+            self._lock.acquire()
+
+    def _run(self, function: Callable[[], object]) -> None:
+        try:
+            function()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._over = True
+            self._lock.release()
 
 
 def _names(directory: str, files: Files) -> list[str]:

@@ -546,7 +546,7 @@ def fit(
     updated = False  # whether load_opt_state has been called
     stack = ExitStack()
     try:
-        stack.enter_context(signals)
+        signals.heed()
         stack.enter_context(copied_once())
         if journal is not None:
             stack.enter_context(journal.lock())
@@ -561,16 +561,18 @@ def fit(
                 batches, generators = journal.rest_of_epoch(batches, saved)
                 skipped, first_step = rest["skipped"], rest["first_step"]
                 started -= rest["seconds"]
-                schedule.resume(rest["schedule"])
                 if patience is not None and rest["patience"] is not None:
                     patience.best, patience.waited = rest["patience"]
                 if not journal.changed:
                     for plan, state in zip(plans, rest["plans"], strict=True):
                         plan.resume(state, done)
-                load_params(model, params)
-                if copied:
-                    load_opt_state(optimizer, model, opt_state)
-                    updated = True
+                with signals.whole():
+                    schedule.resume(rest["schedule"])
+                    load_params(model, params)
+                    if copied:
+                        load_opt_state(optimizer, model, opt_state)
+                        updated = True
+                    schedule.finish_epoch()
             else:
                 batches = journal.begin_epoch(batches)
                 noting.params = params
@@ -586,6 +588,7 @@ def fit(
             ended = "max_steps"
         shown = {**params, **opt_state.ema.params} if opt_state.ema else params
         noting.params = params
+        stack.callback(bar.close)
         for epoch in range(done + 1, epochs + 1):
             if ended is not None:
                 break
@@ -653,14 +656,20 @@ def fit(
                 row["skipped"] = skipped - before
             if epoch % eval_every == 0 or epoch == epochs or ended is not None:
                 bar.validate()
-                for column, prefix, each in measured:
-                    passing = watch(_LOADERS.get(column, column), each, epoch)
-                    frozen_mean, found = fold_metrics(heeding, shown, passing)
-                    row[column], n = frozen_mean.value_and_weight()
-                    if each is val:
-                        row["n_val"] = n
-                    for name, value in found.values().items():
-                        row[prefix + name] = value
+                try:
+                    for column, prefix, each in measured:
+                        passing = watch(_LOADERS.get(column, column), each, epoch)
+                        frozen_mean, found = fold_metrics(heeding, shown, passing)
+                        row[column], n = frozen_mean.value_and_weight()
+                        if each is val:
+                            row["n_val"] = n
+                        for name, value in found.values().items():
+                            row[prefix + name] = value
+                except _InterruptedError:
+                    ended = "interrupted"
+                    if journal is not None and before_row is not None:
+                        journal.save(before_row, generators)
+                    break
             history = history.append(row)
             val_loss = row["val_loss"]
             if (
@@ -674,12 +683,13 @@ def fit(
             opt_state = schedule.after_epoch(
                 opt_state, train_loss if val_loss is None else val_loss
             )
-            load_params(model, params)
-            if copied:
-                update = refresh_opt_state if updated else load_opt_state
-                update(optimizer, model, opt_state)
-                updated = True
-            schedule.finish_epoch()
+            with signals.whole():
+                load_params(model, params)
+                if copied:
+                    update = refresh_opt_state if updated else load_opt_state
+                    update(optimizer, model, opt_state)
+                    updated = True
+                schedule.finish_epoch()
             for plan in plans:
                 plan.end_epoch()
             bar.end(row)
@@ -702,23 +712,28 @@ def fit(
                 generators = Generators.now(train)
                 epoch_step = step_made
                 journal.save(written(opt_state, epoch), generators)
-    except _InterruptedError:
-        ended = "interrupted"
-        if journal is not None and before_row is not None:
-            journal.save(before_row, generators)
+        validated = any(row["val_loss"] is not None for row in history)
+        no_best = validated and best_epoch is None and ended != "interrupted"
+        with signals.whole():
+            if instance and (not copied or ended == "interrupted"):
+                load_opt_state(optimizer, model, opt_state, copy=copied)
+            if not no_best:
+                params = best if restore_best and best_epoch is not None else shown
+                load_params(model, params)
+            schedule.finish_epoch()
     except BaseException:
-        schedule.restore()
+        with signals.whole():
+            schedule.restore()
         raise
     finally:
-        bar.close()
-        stack.close()
-    if instance and (not copied or ended == "interrupted"):
-        load_opt_state(optimizer, model, opt_state, copy=copied)
-    validated = any(row["val_loss"] is not None for row in history)
-    if validated and best_epoch is None and ended != "interrupted":
+        try:
+            stack.close()
+        finally:
+            # No call comes before: at each of them a signal may be heeded.
+            signals.held = True
+            signals.restore()
+    if no_best:
         raise NonFiniteError(len(history), int(opt_state.step), ["val_loss"], NO_BEST)
-    params = best if restore_best and best_epoch is not None else shown
-    load_params(model, params)
     if progress and len(history) >= ENOUGH:
         known = all(in_memory(each) for each in (train, val or []))
         facts = data_facts(model, goal, train, val) if known else None

@@ -56,6 +56,7 @@ class Schedule:
         instance = isinstance(optimizer, torch.optim.Optimizer)
         self._optimizer = optimizer if instance else None
         self._rate: float | None = None
+        self.finish_epoch()
 
     def begin(self, opt_state: OptState, steps: int | None) -> None:
         """Notes the rates that a run of so many scheduler steps starts with."""

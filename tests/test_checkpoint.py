@@ -791,6 +791,16 @@ def test_what_dead_processes_left_is_removed(tmp_path):
         assert names(tmp_path) == sorted([alive, ".tmp-mine"])
 
 
+def test_what_a_killed_run_had_too_many_is_removed(tmp_path):
+    """It was killed when it had written one, and had not yet deleted another."""
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for epoch in (1, 2, 3):
+        checkpoints.save(Run({"weight": torch.ones(2)}, (), epoch))
+    with Checkpoints(tmp_path).lock():
+        assert len(names(tmp_path)) == 2
+    assert load(tmp_path).epoch == 3
+
+
 class Slow(Files):
     """Writes once it may, or fails."""
 
@@ -836,12 +846,12 @@ def test_an_interrupted_wait_does_not_give_up_what_is_written(tmp_path, monkeypa
     files = Slow()
     checkpoints = Checkpoints(tmp_path, files)
 
-    def interrupted(_):
+    def interrupted(self):
         monkeypatch.undo()
         files.may.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_checkpoint, "wait", interrupted)
+    monkeypatch.setattr(_checkpoint._Background, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt), checkpoints.lock():
         checkpoints.save_soon(run_at(1)) or checkpoints.wait()
     assert names(tmp_path) == [file_name(1)]

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lossloop as ll
 from lossloop import _checkpoint, _compile, _files
+from lossloop._checkpoint import Checkpoints
 from lossloop._journal import Journal
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -296,20 +297,39 @@ def due_and_interrupted(self, step):
 Journal.due = due_and_interrupted
 import torch
 torch.set_num_threads({threads})
-result = test_resume.run({directory!r}, model=test_resume.conv)
+if {options}.get("compile"):
+    from lossloop import _compile
+    backend = torch._dynamo.lookup_backend("aot_eager")
+    _compile.inductor = lambda graph, inputs, **_: backend(graph, inputs)
+result = test_resume.run({directory!r}, **{options})
 from lossloop._order import digest
 print(json.dumps([digest((result[0].params, result[0].opt_state)),
                   test_resume.rows(result[0]), result[0].resume_exact]))
 """
 
 
-def test_in_fresh_processes(tmp_path):
+OPTIONS = {
+    "eager": "dict(model=test_resume.conv)",
+    "workers": "dict(model=test_resume.dropout, data=test_resume.two_workers)",
+    "compiled": "dict(model=test_resume.dropout, compile=True)",
+}
+
+
+def two_workers():
+    return loader(Noisy(), num_workers=2)
+
+
+@pytest.mark.parametrize(
+    "kind", ["eager", "workers", pytest.param("compiled", marks=pytest.mark.slow)]
+)
+def test_in_fresh_processes(kind, tmp_path):
     def child(directory, steps):
         code = CHILD.format(
             home=os.path.dirname(__file__),
             steps=steps,
             directory=str(tmp_path / directory),
             threads=torch.get_num_threads(),
+            options=OPTIONS[kind],
         )
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -320,8 +340,9 @@ def test_in_fresh_processes(tmp_path):
     child("other", 4)
     child("other", 11)
     assert child("other", None) == straight
-    result = run(tmp_path / "straight", model=conv)[0]
-    assert straight[1] == rows(result)
+    if kind == "eager":
+        result = run(tmp_path / "straight", model=conv)[0]
+        assert straight[1] == rows(result)
 
 
 class Stateful:
@@ -518,6 +539,16 @@ def test_a_directory_of_another_run_is_refused(tmp_path):
         ll.fit(
             model, nn.CrossEntropyLoss(), SGD, loader(), epochs=1, checkpoint=tmp_path
         )
+
+
+@pytest.mark.parametrize("schedule", [None, SCHEDULES["plateau"]])
+def test_a_directory_in_use_is_refused(schedule, tmp_path):
+    with (
+        Checkpoints(tmp_path).lock(),
+        pytest.raises(RuntimeError, match="Another run is writing"),
+    ):
+        run(tmp_path, schedule=schedule)
+    assert run(tmp_path, schedule=schedule)[0].status == "finished"
 
 
 @pytest.mark.parametrize(
