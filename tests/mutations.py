@@ -6,15 +6,19 @@ fits the code is tested by `test_mutations.py`.
 """
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-HOME = Path(__file__).parent.parent
+import pytest
+
+HOME = Path(__file__).resolve().parent.parent
+WRONG_COPY = 99
 
 
 class Mutation(NamedTuple):
@@ -383,7 +387,8 @@ MUTATIONS = [
         "_fit.py",
         "        schedule.restore()\n",
         "        pass\n",
-        "tests/test_schedules.py",
+        "tests/test_fit.py::"
+        "test_after_an_interruption_everything_is_at_the_last_finished_epoch",
     ),
     Mutation(
         "modes are a copy's",
@@ -414,41 +419,56 @@ def mutated(mutation: Mutation, package: Path = HOME / "lossloop") -> str:
     return source.replace(mutation.old, mutation.new)
 
 
-def pytest(home: Path, tests: list[str]) -> tuple[int, str]:
-    """The status of these tests in a copy, and what they printed."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(home),
-        "HYPOTHESIS_PROFILE": "unshrunk",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    options = ["-o", "addopts=", "-x", "-q", "-p", "no:cacheprovider", "--tb=line"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *tests],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
+def outcome(home: Path, tests: list[str]) -> tuple[int, str]:
+    """The status of these tests in a copy, and what they printed.
+
+    In a forked process: what is slow to import is imported once.
+    """
+    printed = home / "printed"
+    child = multiprocessing.get_context("fork").Process(
+        target=_run, args=(home, tests, printed)
     )
-    return done.returncode, done.stdout + done.stderr
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode, printed.read_text()
+
+
+def _run(home: Path, tests: list[str], printed: Path) -> None:
+    with printed.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(home)
+    here = {str(HOME), str(HOME / "tests"), ""}
+    sys.path[:] = [str(home), *(path for path in sys.path if path not in here)]
+    options = ["-o", "addopts=", "-x", "-q", "-p", "no:cacheprovider", "--tb=line"]
+    status = pytest.main([*options, *tests])
+    found = sys.modules.get("lossloop")
+    if found is None or Path(str(found.__file__)).parent != home / "lossloop":
+        status = WRONG_COPY
+    sys.exit(int(status))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", metavar="WORD")
     words = parser.parse_args().words
+    assert "lossloop" not in sys.modules
+    os.environ["HYPOTHESIS_PROFILE"] = "unshrunk"
+    sys.dont_write_bytecode = True
+    importlib.import_module("torch._dynamo")  # before it is forked
     chosen = [m for m in MUTATIONS if not words or any(w in m.name for w in words)]
     sources = {mutation: mutated(mutation) for mutation in chosen}
     missed = []
     with tempfile.TemporaryDirectory() as directory:
-        home = Path(directory)
+        home = Path(directory).resolve()
         for name in ("lossloop", "tests"):
             shutil.copytree(
                 HOME / name, home / name, ignore=shutil.ignore_patterns("__pycache__")
             )
         shutil.copy(HOME / "pyproject.toml", home)
         tests = list(dict.fromkeys(t for m in chosen for t in m.tests.split()))
-        status, output = pytest(home, tests)
+        status, output = outcome(home, tests)
         if status:
             print(output[-3000:])  # noqa: T201
             print("Without a mutation, these tests must pass.")  # noqa: T201
@@ -457,7 +477,7 @@ def main() -> int:
             path = home / "lossloop" / mutation.file
             before = path.read_text()
             path.write_text(source)
-            status, output = pytest(home, mutation.tests.split())
+            status, output = outcome(home, mutation.tests.split())
             path.write_text(before)
             # A status of more than 1 is no test that failed, but an error of pytest.
             found = {0: "SURVIVED", 1: "caught"}.get(
