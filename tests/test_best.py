@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lossloop as ll
+from lossloop import _optimizers
 
 NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_weight_is_written_over():
+    """As large ones are, so that what is kept has to be a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_optimizers, "BLOCK", 0)
+        yield
 
 
 class Planned(nn.Module):
@@ -22,7 +31,7 @@ class Planned(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
+        self.weight = nn.Parameter(torch.zeros(1))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
 
 
@@ -30,7 +39,7 @@ def planned(model, batch):
     if "plan" in batch:
         return batch["plan"][(model.epoch - 1).clamp(min=0)], torch.tensor(1)
     model.epoch = model.epoch + 1
-    return -batch["up"] * model.weight, torch.tensor(1)
+    return -(batch["up"] * model.weight).sum(), torch.tensor(1)
 
 
 def run(values, **options):
@@ -47,7 +56,7 @@ def run(values, **options):
         model,
         ll.objective(model, planned),
         torch.optim.SGD(model.parameters(), lr=1.0),
-        [{"up": torch.ones(())}],
+        [{"up": torch.ones(1)}],
         [{"plan": torch.tensor(values)}] if values else None,
         **{"epochs": len(values) or 3, "progress": False, "compile": False, **options},
         on_epoch=on_epoch,
@@ -98,7 +107,7 @@ def test_the_best_is_the_first_lowest_of_the_finite(values, every, ema):
     result, model, averages = run(values, eval_every=every, ema=ema)
     assert result.best_epoch == result.history.best_epoch == best
     last = best or 3
-    weight = torch.tensor(float(last)) if ema is None else averages[last - 1]
+    weight = torch.tensor([float(last)]) if ema is None else averages[last - 1]
     for held in (result.params, model.state_dict()):
         assert torch.equal(held["weight"], weight)
         assert int(held["epoch"]) == last

@@ -161,7 +161,13 @@ class Left:
 
     def note(self, record):
         self.epochs.append(copied(self.model.state_dict()))
+        assert same(self.epochs[-1], record.params)
         self.torch_states.append(copied(self.torch_state()))
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            [group] = record.opt_state.slots.groups
+            held = self.torch_states[-1].values()
+            for now, moments in zip(held, group.moments.values(), strict=True):
+                assert same({k: now[k] for k in moments}, moments)
 
     def best(self):
         return self.result.params, self.result.best_epoch
@@ -422,6 +428,7 @@ def test_looking_for_what_was_not_finite_moves_no_generator():
             ll.fit(
                 *(model, nn.MSELoss(), ll.optim.SGD(lr=0.1), train),
                 **{"epochs": 1, "progress": False, "compile": False},
+                on_step=lambda record: random.random() + torch.rand(()) and None,
             )
     before, after = states
     assert torch.equal(before[0], after[0])
