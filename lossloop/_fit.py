@@ -480,6 +480,7 @@ def fit(
 
     history, best_epoch, best = History(), None, params
     best_loss, skipped = float("inf"), 0
+    passed = 0  # steps that the gate skipped, when the state was last looked at
     first_step = epoch_step = int(opt_state.step)
     started = start = perf_counter()
     ended: str | None = None
@@ -514,13 +515,19 @@ def fit(
         """Refuses a state that is not finite, though the gradients were."""
         names = set(names_not_finite((noting.params, opt_state.carry))) - never_finite
         if names:
-            raise NonFiniteError(epoch, int(opt_state.step), sorted(names), SMALLER)
+            gate = gate_of(opt_state)
+            # Weights that are not finite let no later step pass.
+            made = int(gate.step) - (int(gate.skipped) - passed)
+            raise NonFiniteError(epoch, made, sorted(names), SMALLER)
 
     def after_step(opt_state: OptState, mean: Mean) -> OptState:
-        nonlocal ended
+        nonlocal ended, passed
         bar.step(mean, opt_state.step)
-        if on_host(mean.total.device) and gate_of(opt_state).skipped > skip_nonfinite:
-            raise EndPass(opt_state)
+        if on_host(mean.total.device) and gate_of(opt_state).skipped > passed:
+            check_state(epoch, opt_state)
+            passed = int(gate_of(opt_state).skipped)
+            if passed > skip_nonfinite:
+                raise EndPass(opt_state)
         opt_state = schedule.after_step(opt_state)
         if on_step is not None:
             record = StepRecord(epoch, mean, noting.params, opt_state)
@@ -556,6 +563,13 @@ def fit(
                 params, opt_state, done, begin, mean, history, found, _ = saved
                 rest = dict(saved.rest)
                 opt_state = with_allowance(opt_state, skip_nonfinite)
+                passed = int(gate_of(opt_state).skipped)
+                if passed > skip_nonfinite:
+                    raise ValueError(
+                        f"fit(skip_nonfinite={skip_nonfinite}, resume=True): {passed} "
+                        f"steps of the run were skipped already. Pass at least that "
+                        f"many."
+                    )
                 if found is not None:
                     best_epoch, best_loss, best = found
                 batches, generators = journal.rest_of_epoch(batches, saved)
@@ -617,15 +631,16 @@ def fit(
                 params, opt_state, batches, mean=mean, on_step=after_step
             )
             batches, noting.params = None, params
+            check_state(epoch, opt_state)
             gate = gate_of(opt_state)
-            if int(gate.skipped) > skip_nonfinite:
+            passed = int(gate.skipped)
+            if passed > skip_nonfinite:
                 number = int(gate.step)
                 place = number - epoch_step - 1
                 where = _not_finite(
                     goal, train, generators, place, params, opt_state, precision
                 )
                 raise NonFiniteError(epoch, number, where, SKIP_OR_SMALLER)
-            check_state(epoch, opt_state)
             shown = {**params, **opt_state.ema.params} if opt_state.ema else params
             if ended == "interrupted":  # pyright: ignore[reportUnnecessaryComparison]
                 break

@@ -603,10 +603,13 @@ def as_pair(where: str, result: Any) -> LossPair:
 
 
 def _broadcast(*shapes: torch.Size) -> torch.Size | None:
-    try:
-        return cast(Any, torch).broadcast_shapes(*shapes)
-    except RuntimeError:
-        return None
+    """The shape that two have together, if they have one."""
+    # That of torch raises, which no compiled step may.
+    size = max(map(len, shapes))
+    one, other = ((1,) * (size - len(shape)) + tuple(shape) for shape in shapes)
+    sizes = [b if a == 1 else a for a, b in zip(one, other, strict=True)]
+    fits = all(b in (1, n) for b, n in zip(other, sizes, strict=True))
+    return torch.Size(sizes) if fits else None
 
 
 def _check_rows(

@@ -45,6 +45,18 @@ def test_each_shape_is_compiled_once():
     assert backend.graphs == step.body.compilations == 3
 
 
+def test_a_target_may_have_another_shape_than_the_output():
+    """One that cannot be broadcast with it: the loss of one's own knows why."""
+
+    def weighted(output, target):
+        return ((output - target[:, :3]) ** 2).sum(1) * target[:, 3]
+
+    step, *state = start(loss=weighted, backend="eager")
+    plain = ll.make_step(ll.supervised(mlp(), weighted), torch.optim.Adam)
+    data = torch.randn(6, 5), torch.rand(6, 4)
+    assert torch.equal(step(*state, data)[2], plain(*state, data)[2])
+
+
 def test_more_shapes_than_the_compiler_keeps_entries():
     backend = Backend()
     step, params, opt_state = start(backend=backend)

@@ -13,7 +13,7 @@ from disk import Crash, Disk, after_power_loss, contents
 
 from lossloop import _checkpoint
 from lossloop._checkpoint import Checkpoints, load, save
-from lossloop._files import CheckpointWriteError, is_left_over, write_file
+from lossloop._files import CheckpointWriteError, Files, is_left_over, write_file
 from lossloop._history import History
 from lossloop._run import Run
 
@@ -190,6 +190,30 @@ def test_what_one_call_does_not_write_the_next_does(tmp_path):
     write_file(str(tmp_path / "file"), [b"", bytes(range(100)), b"x"], disk)
     assert (tmp_path / "file").read_bytes() == bytes(range(100)) + b"x"
     assert disk.calls.count("write") == 16
+
+
+def test_the_system_is_told_to_sync_the_file_and_then_its_directory(
+    tmp_path, monkeypatch
+):
+    """Not only the simulated disk; a directory that is made has a name too."""
+    synced, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    monkeypatch.setattr(
+        os, "replace", lambda *paths: synced.append("replace") or replace(*paths)
+    )
+    checkpoints = Checkpoints(tmp_path / "a" / "b")
+    assert set(synced) == {p.stat().st_ino for p in (tmp_path, tmp_path / "a")}
+    synced.clear()
+    checkpoints.save(run(1))
+    [file] = (tmp_path / "a" / "b").iterdir()
+    assert synced == [file.stat().st_ino, "replace", file.parent.stat().st_ino]
+
+
+def test_a_file_that_is_there_is_not_written_into(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(FileExistsError):
+        Files().create(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_an_exception_on_the_way_is_passed_on_and_leaves_nothing(tmp_path):

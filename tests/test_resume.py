@@ -413,6 +413,17 @@ def test_more_steps_may_be_skipped_when_it_goes_on(tmp_path):
     assert sum(resumed[0].history["skipped"]) == int(resumed[0].opt_state.gate.skipped)
 
 
+def test_fewer_steps_than_were_skipped_are_refused(tmp_path):
+    x = X.clone()
+    x[[3, 9]] = torch.nan
+    data = partial(loader, TensorDataset(x, Y))
+    run(tmp_path, data=data, skip_nonfinite=50)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError, match=r"skip_nonfinite=1.*were skipped already"):
+        run(tmp_path, data=data, skip_nonfinite=1, epochs=EPOCHS + 1)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 # --- what is not exact, and what is another run ---------------------------------------
 
 

@@ -1,0 +1,54 @@
+"""Signals: the first is noted, the second ends it, and others are left alone."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from lossloop._interruption import Interruption
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_the_first_is_noted_and_the_second_ends_it_at_once(first, second):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Interruption() as signals:
+        assert signals.requested is None
+        send(first)
+        assert signals.requested == first.name
+        with pytest.raises(KeyboardInterrupt):
+            send(second)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_handler_of_the_callers_is_left_alone():
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with Interruption() as signals:
+            send(signal.SIGTERM)
+            assert signals.requested is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+
+
+def test_outside_the_main_thread_none_are_set():
+    found = []
+
+    def run():
+        with Interruption():
+            found.extend(map(signal.getsignal, SIGNALS))
+
+    before = [*map(signal.getsignal, SIGNALS)]
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == before
