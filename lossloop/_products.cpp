@@ -33,14 +33,14 @@ namespace {
 using torch::stable::Tensor;
 using Int = int64_t;
 
-constexpr Int SIDE = 128;            // of a block of the result
-constexpr Int DEPTH = 512;           // that is summed in one go: 256 KB of each side
-constexpr Int HEIGHT = 8 * SIDE;     // of the left side that is transposed at a time
-constexpr Int GAP = 16;               // between rows that are copied, as numbers that are
-                                     // a power of 2 apart fall into the same few places
-                                     // of the cache
-constexpr Int NEAR = 256;            // rows so close together may be read in place
-constexpr double LEAST = 1 << 17;    // multiplications that are worth a thread
+constexpr Int SIDE = 128;          // of a block of the result
+constexpr Int DEPTH = 512;         // that is summed in one go: 256 KB of each side
+constexpr Int HEIGHT = 8 * SIDE;   // of the left side that is transposed at a time
+constexpr Int NEAR = 256;          // rows so close together are read in place
+constexpr double LEAST = 1 << 17;  // multiplications that are worth a thread
+// Between the rows of a copy. What lies a power of 2 apart falls into the same few
+// places of the cache, and transposing took three times as long.
+constexpr Int GAP = 16;
 
 // A matrix in memory: number (i, j) is at data[i * down + j * right].
 struct Matrix {
@@ -76,13 +76,14 @@ void product(Int m, Int n, Int depth, Matrix a, Matrix b, float* c, Int next) {
     for (Int i0 = 0; i0 < m; i0 += HEIGHT) {
       Int height = std::min(HEIGHT, m - i0);
       Matrix rows = a.at(i0, k);
-      if (rows.right != 1)
+      if (rows.right != 1 || rows.down < deep)
         rows = packed(rows, height, deep, left);
       for (Int j = 0; j < n; j += SIDE) {
         Int width = std::min(SIDE, n - j);
         Matrix columns = b.at(k, j);
-        if (columns.right != 1 || columns.down > NEAR)
+        if (columns.right != 1 || columns.down > NEAR || columns.down < width)
           columns = packed(columns, deep, width, right);
+        // Kernels for float32 set no state of the processor that were to be released.
         for (Int i = 0; i < height; i += SIDE)
           at::native::cpublas::brgemm(
               std::min(SIDE, height - i), width, deep, rows.down, columns.down, next,

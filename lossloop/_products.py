@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,9 @@ aten = torch.ops.aten
 # compiler for it, "off" nowhere.
 SWITCH = "LOSSLOOP_PRODUCTS"
 SOURCE = Path(__file__).with_suffix(".cpp")
-# So much faster it has to be, for a choice that noise does not make.
-FASTER = 1.2
-ROUNDS = 20
-SECONDS_PER_PAIR = 0.03  # of rounds, if so many take longer; but three at least
+FASTER = 1.2  # times: so much it has to be, for a choice that noise does not make
+ROUNDS = 20  # of which the best counts
+SECONDS_PER_PAIR = 0.03  # after which there are no more rounds, but three at least
 NARROW = 16  # columns
 SMALL = 2**22  # multiplications
 
@@ -49,9 +48,11 @@ _library.define(
 )
 
 
-@torch.library.register_fake("lossloop::mm", lib=_library)
-def _shape(a: Tensor, b: Tensor) -> Tensor:
+def _without_data(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+torch.library.register_fake("lossloop::mm", _without_data, lib=_library)
 
 
 def kind_of(a: Tensor, b: Tensor) -> str | None:
@@ -105,7 +106,8 @@ class Products(CustomGraphPass):
             graph.erase_node(node)
         for target in (aten.mm.default, aten.bmm.default):
             for node in _calls(graph, target):
-                a, b = (side.meta.get("val") for side in node.args)
+                sides: Any = node.args
+                a, b = (side.meta.get("val") for side in sides)
                 if isinstance(a, Tensor) and isinstance(b, Tensor):
                     ours = kind_of(a, b) in self._ours
                     node.target = torch.ops.lossloop.mm.default if ours else target
@@ -122,42 +124,56 @@ def _calls(graph: Graph, target: Any) -> Iterator[Node]:
             yield node
 
 
-def ours() -> tuple[str, ...]:
-    """The kinds of products that `lossloop::mm` computes on this machine.
+class _Setting(NamedTuple):
+    """What the choice depends on in a process."""
 
-    Measured once, which takes less than a second, and noted beside Inductor's cache:
-    the same run makes the same choice, so it repeats itself bit for bit.
-    """
+    switch: str
+    precision: str
+    threads: int
+
+
+def _setting() -> _Setting:
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "on", "off"):
         raise ValueError(f"{SWITCH} must be auto, on or off, is {switch!r}.")
-    threads = torch.get_num_threads()
-    # Asked for less than float32, torch may be faster.
-    if torch.get_float32_matmul_precision() != "highest":
-        return ()
-    if (switch, threads) not in _known:
-        if switch == "off" or not loaded():
-            kinds = ()
-        elif switch == "on":
-            kinds = tuple(KINDS)
+    precision = torch.get_float32_matmul_precision()
+    return _Setting(switch, precision, torch.get_num_threads())
+
+
+_known = dict[_Setting, tuple[str, ...]]()
+
+
+def ours() -> tuple[str, ...]:
+    """The kinds of products that `lossloop::mm` computes on this machine.
+
+    Measured once, which takes about a second, and noted beside Inductor's cache: the
+    same run makes the same choice, so it repeats itself bit for bit.
+
+    Raises:
+        ValueError: If the switch is none.
+    """
+    setting = _setting()
+    if setting not in _known:
+        # Asked for less than float32, torch may be faster.
+        off = setting.switch == "off" or setting.precision != "highest"
+        if off or not loaded():
+            _known[setting] = ()
+        elif setting.switch == "on":
+            _known[setting] = tuple(KINDS)
         else:
-            kinds = tuple(k for k, r in _remembered(threads).items() if r >= FASTER)
-        _known[switch, threads] = kinds
-    return _known[switch, threads]
-
-
-_known = dict[tuple[str, int], tuple[str, ...]]()
+            times = _remembered(setting.threads)
+            _known[setting] = tuple(k for k in KINDS if times[k] >= FASTER)
+    return _known[setting]
 
 
 def in_use() -> tuple[str, ...] | None:
     """What `ours` is, if it was asked for in this process; None if not yet."""
-    switch = os.environ.get(SWITCH, "auto")
-    return _known.get((switch, torch.get_num_threads()))
+    return _known.get(_setting())
 
 
 @functools.cache
 def loaded() -> bool:
-    """Whether the operator could be compiled and loaded.
+    """Whether the operator could be compiled and loaded, and multiplies.
 
     Inductor compiles it, with what it compiles its kernels with, and keeps it.
     """
@@ -165,9 +181,12 @@ def loaded() -> bool:
         from torch._inductor.codecache import CppCodeCache
 
         CppCodeCache.load(SOURCE.read_text())
+        # Whole numbers, which do not round.
+        a = torch.arange(15.0, dtype=torch.float32, device="cpu").view(3, 5)
+        found = torch.ops.lossloop.mm(a, a.T)
+        return found.equal((a[:, None] * a).sum(-1))
     except Exception:  # there is no compiler, or torch has its kernels no longer
         return False
-    return True
 
 
 def _remembered(threads: int) -> dict[str, float]:
@@ -191,7 +210,7 @@ def measured(kind: str) -> float:
     """How many times as fast as torch's the operator is, over sizes and layouts."""
     ratios: list[float] = []
     for *batch, m, depth, n in KINDS[kind]:
-        left, right = torch.ones(*batch, m, depth), torch.ones(*batch, depth, n)
+        left, right = _ones(*batch, m, depth), _ones(*batch, depth, n)
         for a, b in (
             (left, right),
             (left, right.mT.contiguous().mT),
@@ -201,9 +220,13 @@ def measured(kind: str) -> float:
     return math.prod(ratios) ** (1 / len(ratios))
 
 
+def _ones(*sizes: int) -> Tensor:
+    return torch.ones(sizes, dtype=torch.float32, device="cpu")
+
+
 def _times_as_fast(a: Tensor, b: Tensor) -> float:
     """The two in turn, so that what disturbs one disturbs the other, and the best."""
-    rivals = (torch.matmul, torch.ops.lossloop.mm.default)
+    rivals = (torch.bmm if a.ndim == 3 else torch.mm, torch.ops.lossloop.mm.default)
     best = [math.inf, math.inf]
     began = perf_counter()
     for count in range(ROUNDS + 1):

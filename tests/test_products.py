@@ -244,8 +244,10 @@ def test_it_can_be_switched_off_and_on(machine, monkeypatch):
 
 @pytest.mark.usefixtures("machine")
 def test_asked_for_less_than_float32_it_keeps_out(monkeypatch):
+    assert ours() == ("narrow",)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    assert ours() == ()
+    assert _products.in_use() is None
+    assert _products.ours() == ()
 
 
 @pytest.mark.parametrize("switch", ["auto", "on"])
@@ -260,10 +262,22 @@ def test_without_a_compiler_products_are_torchs(machine, monkeypatch, switch):
     assert not machine["asked"]
 
 
+def test_a_kernel_that_multiplies_wrongly_is_not_used(monkeypatch):
+    load = "torch._inductor.codecache.CppCodeCache.load"
+    monkeypatch.setattr(load, lambda source: None)
+    for right, wrong in ((torch.mm, False), (lambda a, b: a @ b + 1, True)):
+        monkeypatch.setattr(torch.ops.lossloop, "mm", right)
+        assert loaded.__wrapped__() is not wrong
+
+
 @pytest.mark.slow
 @needs_kernel
-def test_what_is_measured_is_a_ratio():
-    assert all(0.01 < _products.measured(kind) < 100 for kind in KINDS)
+def test_what_is_measured_is_a_ratio_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(0.01 < _products.measured(kind) < 100 for kind in KINDS)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --- in a run -------------------------------------------------------------------------
