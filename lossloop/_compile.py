@@ -145,15 +145,17 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     from lossloop._isa import vector_options
-    from lossloop._products import BiasApart
+    from lossloop._products import Products, ours
 
-    on_cpu = all(t.device.type == "cpu" for t in inputs if isinstance(t, Tensor))
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    multiplies = on_cpu and any(t.ndim > 1 for t in tensors)
     patches = {
         **(vector_options() if on_cpu else {}),
         "size_asserts": False,  # the guards know the sizes of the inputs already
-        "post_grad_custom_post_pass": BiasApart(),
+        "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
     }
-    if sum(t.numel() for t in inputs if isinstance(t, Tensor)) > LARGEST_FUSED:
+    if sum(t.numel() for t in tensors) > LARGEST_FUSED:
         # The updates of two parameters share a few scalars. In one kernel they would
         # keep the gradients of both waiting.
         patches["score_fusion_memory_threshold"] = BYTES_SHARED_BY_UPDATES

@@ -507,6 +507,7 @@ def fit(
                 "schedule": schedule.state(),
                 "patience": patience and [patience.best, patience.waited],
                 "plans": [plan.state() for plan in plans],
+                "products": _products(plans),
                 "place": None if mean is None else journal.place(),
             },
         )
@@ -756,6 +757,7 @@ def fit(
     choice = plans[0].choice
     if choice.compiled:
         choice = choice.with_fold(folding.why_not)
+        choice = choice._replace(products=tuple(_products(plans) or ()))
         if device_of(params).type == "cuda":
             choice = choice.with_replay(folding.why_not_replayed)
     inexact = [] if journal is None else journal.inexact
@@ -785,6 +787,16 @@ class _Noting:
         result = self._step(params, opt_state, batch)
         self.params = result[0]
         return result
+
+
+def _products(plans: list[CompilePlan]) -> list[str] | None:
+    """The kinds of products that our kernel computes; None if that was not asked."""
+    if not any(plan.choice.compiled for plan in plans):
+        return None
+    from lossloop._products import in_use  # late: it imports the compiler
+
+    kinds = in_use()
+    return None if kinds is None else list(kinds)
 
 
 class _InterruptedError(Exception):

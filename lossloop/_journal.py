@@ -104,7 +104,7 @@ class Journal:
         best = run.best
         if best is not None and best.params:
             best = best._replace(params=_as(where, "best.params", params, best.params))
-        self._compare(where, run.rest["settings"])
+        self._compare(where, {**run.rest["settings"], **self._products(run)})
         self.inexact = list(run.rest["inexact"]) + self.inexact
         if reason := why_not_exact(self._train):
             self.inexact.append(f"train_loader: {reason}")
@@ -120,6 +120,17 @@ class Journal:
         self._first = run.rest["first"]
         self._saved_at = int(opt_state.step)
         return run._replace(params=params, opt_state=opt_state, best=best)
+
+    def _products(self, run: Run) -> dict[str, Any]:
+        """What computed the matrix products of a compiled run, which round by it."""
+        was = run.rest.get("products")
+        if was is None:
+            return {}
+        from lossloop._products import ours  # late: it imports the compiler
+
+        name = "matrix products by lossloop"
+        self._settings[name] = list(ours())
+        return {name: was}
 
     def _compare(self, where: str, then: dict[str, Any]) -> None:
         names = dict.fromkeys([*then, *self._settings])

@@ -57,12 +57,15 @@ class CompileChoice(NamedTuple):
         reason: Why, or why not; also why a compiled step is not folded or replayed.
         folded: Whether many steps are made in one call.
         replayed: Whether a GPU launches the kernels of a step as one.
+        products: The kinds of matrix products that a kernel of our own computes, where
+            it was measured to be faster; see "How to compile".
     """
 
     compiled: bool
     reason: str
     folded: bool = False
     replayed: bool = False
+    products: tuple[str, ...] = ()
 
     def with_fold(self, why_not: str | None) -> "CompileChoice":
         """The choice, with why the steps of a compiled one are made one by one."""
@@ -170,7 +173,7 @@ class CompilePlan:
     def state(self) -> dict[str, Any]:
         """What was decided, for `resume`."""
         return {
-            "choice": list(self.choice),
+            "choice": list(self.choice[:2]),
             "first": None if self._first is None else repr(self._first),
             "compiled": sorted(map(repr, self._compiled)),
             "seen": {repr(shape): count for shape, count in self._seen.items()},
@@ -185,7 +188,8 @@ class CompilePlan:
         """
         self._epochs_left -= epochs
         self._impossible = state["impossible"]
-        self.choice = CompileChoice(*state["choice"])
+        compiles, reason, *_ = state["choice"]
+        self.choice = CompileChoice(compiles, reason)
         self._resumed = {**state, "seen": dict(state["seen"])}
 
     def is_first(self, shape: Hashable) -> bool:

@@ -4,13 +4,11 @@ import pytest
 import torch
 from cases import CASES, mlp
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lossloop as ll
 from lossloop._compile import Compiled
 from lossloop._plan import CompilePlan, count_cost, has_rnn
-from lossloop._products import BiasApart
 
 
 class Backend:
@@ -488,21 +486,6 @@ def test_too_many_changes_are_explained():
     scale = 20.0
     with pytest.raises(RuntimeError, match="Make the number a tensor"):
         step(params, opt_state, batch(8))
-
-
-def test_the_bias_is_taken_out_of_a_product():
-    """And stays where it is scaled, which is another product."""
-    a, b, bias = torch.randn(3, 4), torch.randn(4, 5), torch.randn(5)
-
-    def products(a, b, bias):
-        return torch.addmm(bias, a, b).relu(), torch.addmm(bias, a, b, beta=0.5)
-
-    graph = make_fx(products, tracing_mode="fake")(a, b, bias)
-    expected = graph(a, b, bias)
-    BiasApart()(graph.graph)
-    graph.recompile()
-    assert graph.code.count("addmm.default(") == 1
-    torch.testing.assert_close(graph(a, b, bias), expected)
 
 
 @pytest.mark.parametrize(("largest", "together"), [(1e7, True), (10, False)])
