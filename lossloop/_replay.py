@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 # Its state may come to lie somewhere else, as for another run; not again and again.
-MOST_CAPTURES = 8
-REPLAYS_FOR_A_CAPTURE = 100
+MOST_MOVES = 8
+REPLAYS_FOR_A_MOVE = 100
 
 _log = logging.getLogger("lossloop")
 
@@ -110,7 +110,7 @@ class Replay:
         self._inputs: Sequence[Tensor] = ()  # of the last call, or as captured
         self._addresses: list[int] = []
         self._captured: Captured | None = None
-        self._captures = self._replays = 0
+        self._moves = self._replays = 0
         self.why_not: str | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -130,10 +130,11 @@ class Replay:
         self._captured = None
         rates = {i for i in moved - self._written if not inputs[i].dim()}
         self._copied |= rates
-        self._captures += 1
-        if self._captures > MOST_CAPTURES + self._replays // REPLAYS_FOR_A_CAPTURE:
-            self._give_up("the tensors of its state are others again and again")
-        elif moved == rates and (captured := self._capture(inputs)):
+        if moved != rates:
+            self._moves += 1
+            if self._moves > MOST_MOVES + self._replays // REPLAYS_FOR_A_MOVE:
+                self._give_up("the tensors of its state are others again and again")
+        elif (captured := self._capture(inputs)) is not None:
             return self._replay(captured, inputs)
         return self._anew(inputs)
 
