@@ -508,7 +508,7 @@ def fit(
                 "patience": patience and [patience.best, patience.waited],
                 "plans": [plan.state() for plan in plans],
                 "products": _products(plans),
-                "place": None if mean is None else journal.place(),
+                "place": journal.place(int(opt_state.step) - first_step),
             },
         )
 

@@ -108,14 +108,6 @@ class Journal:
         self.inexact = list(run.rest["inexact"]) + self.inexact
         if reason := why_not_exact(self._train):
             self.inexact.append(f"train_loader: {reason}")
-        elif (
-            keeps_its_place(self._train)
-            and run.batch in (0, length(self._train))
-            and not type(self._train).__module__.startswith("torchdata.")
-        ):
-            self.inexact.append(
-                "train_loader: what it carries from one epoch to the next is not saved"
-            )
         self.inexact = list(dict.fromkeys(self.inexact))
         self._first = run.rest["first"]
         self._saved_at = int(opt_state.step)
@@ -164,12 +156,12 @@ class Journal:
             CheckpointMismatch: If its first batch is another one.
         """
         generators = Generators.of(run.rest["generators"])
-        if is_one_shot(self._train):
+        if run.rest["place"] is not None:
+            return self._from_place(run), generators
+        if is_one_shot(self._train) or keeps_its_place(self._train):
             batches = started
         else:
             generators.put_back(self._train)
-            if run.rest["place"] is not None:
-                return self._from_place(run), generators
             batches = read(self._train)
         if run.batch:
             batches, first = _looked_at(batches)
@@ -188,23 +180,35 @@ class Journal:
             batches = self.begin_epoch(batches)
         return batches, generators
 
-    def place(self) -> dict[str, Any] | None:
-        """Where a loader is that keeps its place, and the generators with it."""
-        if not keeps_its_place(self._train):
+    def place(self, steps: int) -> dict[str, Any] | None:
+        """Where a loader is that keeps its place, and the generators with it.
+
+        Args:
+            steps: Of the run so far. Before the first, it is where it starts.
+        """
+        if not keeps_its_place(self._train) or not steps:
             return None
         generators = Generators.now(self._train).state()
         return {"loader": self._train.state_dict(), "generators": generators}
 
     def _from_place(self, run: Run) -> Iterator[Batch]:
         """What is left of an epoch, of a loader that keeps its place."""
-        place = run.rest["place"]
-        batches: Iterator[Batch] = iter(())
-        # At the end of a pass, some would begin the next one.
-        if run.batch != length(self._train):
-            self._train.load_state_dict(place["loader"])
-            batches = read(self._train)
-        Generators.of(place["generators"]).put_back(self._train)
-        return batches
+        loader, place = self._train, run.rest["place"]
+        generators = Generators.of(place["generators"])
+        if run.batch not in (0, length(loader)):
+            loader.load_state_dict(place["loader"])
+            batches = read(loader)
+            generators.put_back(loader)
+            return batches
+        # Between two passes torchdata's loaders keep nothing but generators, and would
+        # draw from them twice. Of others, some go on with none of the last pass, some
+        # with the next one, which is not to be begun yet.
+        if not type(loader).__module__.startswith("torchdata."):
+            loader.load_state_dict(place["loader"])
+            if next(iter(loader), None) is not None:
+                loader.load_state_dict(place["loader"])
+        generators.put_back(loader)
+        return iter(()) if run.batch else self.begin_epoch(read(loader))
 
     def begin_epoch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """A pass from its start, whose first batch is noted."""

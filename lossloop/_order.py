@@ -50,7 +50,11 @@ def why_not_exact(loader: Any) -> str | None:
     random numbers, if its sampler is one of torch's.
     """
     own = plain(loader)
-    if keeps_its_place(loader) or isinstance(own, list | tuple):
+    if keeps_its_place(loader):
+        if getattr(loader, "num_workers", 0):
+            return "worker processes that go on may draw other random numbers"
+        return None
+    if isinstance(own, list | tuple):
         return None
     kind = type(own).__name__
     if not isinstance(own, DataLoader):

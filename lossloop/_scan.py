@@ -421,10 +421,11 @@ def compile_fold(
     """Compiles a fold: many steps in one call, where the data are in memory.
 
     A small step costs less than calling it. For a `DataLoader` over a `TensorDataset`
-    (or a `Subset` of one) with one of torch's own samplers, on the CPU, batches are put
-    together inside the graph, and a call makes 32 steps. Losses, weights and order are
-    those of `fold`. Where it cannot be, the steps are made one by one, compiled, and
-    `why_not` says why: random layers, other data, samplers of one's own, micro-batches.
+    (or a `Subset` of one) with one of torch's own samplers, batches are put together
+    inside the graph, and a call makes 32 steps. Losses, weights and order are those of
+    `fold`. Where it cannot be, the steps are made one by one, compiled, and `why_not`
+    says why: random layers on the CPU, other data, samplers of one's own,
+    micro-batches.
 
     Args:
         step: Of `make_step`, not compiled.

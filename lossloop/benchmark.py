@@ -184,6 +184,7 @@ def compare(
     model, optimizer = copy.deepcopy((model, optimizer))
     goal = loss_fn if isinstance(loss_fn, Objective) else supervised(model, loss_fn)
     step = make_step(goal, optimizer)
+    device = device_of(goal.init())
     left_out: dict[str, str] = {}
 
     def start() -> list[Any]:
@@ -214,7 +215,7 @@ def compare(
             most = 1 if steps <= _FIRST_STEPS else LENGTH
             for done in range(0, steps, most):
                 orders = order.expand(min(most, steps - done), -1)
-                mean = scan(*args[:2], Mean.empty(), batch, orders)
+                mean = scan(*args[:2], Mean.empty(device), batch, orders)
                 means.append(mean.total / mean.weight)
             return means
 
@@ -233,10 +234,10 @@ def compare(
     plain = isinstance(batch, tuple | list) and all(
         type(leaf) is Tensor for leaf in pytree.tree_leaves(batch)
     )
-    if plain and device_of(goal.init()).type == "cpu":
+    if plain and device.type in ("cpu", "cuda"):
         makers["folded"] = folding
     else:
-        left_out["folded"] = "only batches of tensors on the CPU are folded"
+        left_out["folded"] = "only batches of tensors on the CPU or on CUDA are folded"
     return _timed(makers, left_out, rounds)
 
 
