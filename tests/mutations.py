@@ -242,8 +242,8 @@ MUTATIONS = [
     Mutation(
         "compiled gate keeps the state",
         "_step.py",
-        "pytree.tree_map(partial(torch.where, passes), new, (params, carry))\n",
-        "new\n",
+        "            return old if new is old else torch.where(passes, new, old)\n",
+        "            return new\n",
         f"{OWN_STEP}[gradient-False]",
     ),
     Mutation(
@@ -313,8 +313,8 @@ MUTATIONS = [
     Mutation(
         "no best is an error",
         "_fit.py",
-        "    if validated and best_epoch is None and ended",
-        "    if False and ended",
+        "no_best = validated and best_epoch is None and ended",
+        "no_best = False and ended",
         GENERATED,
     ),
     Mutation(
@@ -327,15 +327,15 @@ MUTATIONS = [
     Mutation(
         "the module holds the last finished epoch",
         "_fit.py",
-        "            load_params(model, params)\n            if copied:\n"
-        "                update = ",
-        "            if copied:\n                update = ",
+        "                load_params(model, params)\n                if copied:\n"
+        "                    update = ",
+        "                if copied:\n                    update = ",
         f"{IN_STEP}[gradient-last-nan]",
     ),
     Mutation(
         "the optimizer does so too",
         "_fit.py",
-        "                update(optimizer, model, opt_state)\n",
+        "                    update(optimizer, model, opt_state)\n",
         "",
         f"{NONFINITE}test_an_instance_of_torch_holds_the_last_finished_epoch_too",
     ),

@@ -296,7 +296,8 @@ def test_no_false_alarm_for_a_perfect_fit():
 
 
 def test_no_false_alarm_for_a_loss_that_is_not_finite():
-    run(model(), infinite, (X, Y), epochs=1, compile=False)
+    with pytest.raises(ll.NonFiniteError, match="loss"):  # and no warning before
+        run(model(), infinite, (X, Y), epochs=1, compile=False)
 
 
 class Auxiliary(nn.Module):
