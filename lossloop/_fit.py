@@ -632,7 +632,8 @@ def fit(
                 params, opt_state, batches, mean=mean, on_step=after_step
             )
             batches, noting.params = None, params
-            check_state(epoch, opt_state)
+            if run_pass is not folding or not folding.seen_finite:
+                check_state(epoch, opt_state)
             gate = gate_of(opt_state)
             passed = int(gate.skipped)
             if passed > skip_nonfinite:

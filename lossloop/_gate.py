@@ -80,18 +80,20 @@ def seen_finite(loss_sum: Tensor, grads: Sequence[Tensor]) -> bool:
 
 def names_not_finite(tree: Any) -> list[str]:
     """The places in a tree of tensors that hold numbers that are not finite."""
-    places: dict[str, Tensor] = {
-        pytree.keystr(path): leaf
+    # Most often there are none, and then nobody asks for names, which take longer.
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+            kinds.setdefault(leaf.dtype, []).append(leaf)
+    norms = (torch._foreach_norm(tensors) for tensors in kinds.values())  # pyright: ignore
+    if all(math.isfinite(torch.stack(each).sum()) for each in norms):
+        return []
+    return [
+        pytree.keystr(path)
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    }
-    tensors = [t for t in places.values() if t.numel()]
-    if not tensors:
-        return []
-    norms = torch._foreach_norm(tensors)  # pyright: ignore
-    if math.isfinite(sum(norm.double() for norm in norms)):
-        return []
-    return [name for name, t in places.items() if not bool(torch.isfinite(t).all())]
+        if not bool(torch.isfinite(leaf).all())
+    ]
 
 
 class NonFiniteError(FloatingPointError):

@@ -259,6 +259,7 @@ class CompiledFold:
     Attributes:
         why_not: Why steps are made one by one; None if they are not, or that is not
             decided yet.
+        seen_finite: Whether the state has been seen to be finite after the last step.
     """
 
     def __init__(
@@ -285,6 +286,7 @@ class CompiledFold:
         self._length = length
         self._scan: Scan | None = None
         self.why_not = why_not
+        self.seen_finite = False
 
     def __call__(
         self,
@@ -296,6 +298,7 @@ class CompiledFold:
         on_step: OnStep | None = None,
     ) -> tuple[Params, OptState, Mean]:
         """As `fold` with the step, but `on_step` is called once for several."""
+        self.seen_finite = False
         passing = read(as_batches("batches", batches, passes=1))
         if isinstance(passing, Indexed):
             passing.move(device_of(params))
@@ -381,11 +384,12 @@ class CompiledFold:
         orders: Tensor,
     ) -> tuple[Params, OptState, Mean]:
         """A step for each row of indices, in one call if they are of the right size."""
+        self.seen_finite = False
         scan, gate, steps = self._scan, opt_state.gate, len(orders)
         if scan is None or not scan.watches:
             gate = ()  # or it is a part of the step
         finite = not gate or (
-            gate.skipped <= gate.allowed and math.isfinite(mean.total)
+            int(gate.skipped) <= int(gate.allowed) and math.isfinite(mean.total)
         )
         if finite and scan is not None and scan.takes(orders):
             carry = opt_state.carry
@@ -404,6 +408,7 @@ class CompiledFold:
                 if not gate:
                     return params, opt_state.after(carry, steps), now
                 if math.isfinite(now.total):
+                    self.seen_finite = True
                     gate = gate._replace(step=gate.step + steps)
                     carry = carry._replace(gate=gate)
                     return params, opt_state.after(carry, steps), now

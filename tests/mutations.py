@@ -263,8 +263,8 @@ MUTATIONS = [
     Mutation(
         "state is looked at after an epoch",
         "_fit.py",
-        "            check_state(epoch, opt_state)\n            gate = ",
-        "            gate = ",
+        "                check_state(epoch, opt_state)\n            gate = ",
+        "                pass\n            gate = ",
         f"{IN_STATE}[buffer-middle-nan]",
     ),
     Mutation(

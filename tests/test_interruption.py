@@ -42,11 +42,16 @@ def test_the_first_is_noted_and_the_second_ends_it_at_once(first, second):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_waits_for_what_is_written_whole(number):
     written = []
-    with heeded() as signals:
-        send(number)
-        with pytest.raises(KeyboardInterrupt), signals.whole():
+
+    def write(signals):
+        with signals.whole():
             send(number)
             written.append(number)
+
+    with heeded() as signals:
+        send(number)
+        with pytest.raises(KeyboardInterrupt):
+            write(signals)
         assert written == [number]
 
 
