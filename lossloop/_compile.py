@@ -232,8 +232,14 @@ class Graph:
         code = self._backend(graph, inputs)
         if self._pool is None or not self._pool.serves(inputs):
             return code
-        self._replay = Replay(code, graph, self._batch, self._pool)
-        return self._replay
+        replay = Replay(code, graph, self._batch, self._pool)
+
+        def call(*inputs: Any) -> Any:
+            # One of several, if what is guarded has changed and changed back.
+            self._replay = replay
+            return replay(*inputs)
+
+        return call
 
     @property
     def why_not_replayed(self) -> str | None:

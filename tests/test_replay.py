@@ -200,6 +200,26 @@ def test_what_is_guarded_compiles_again(recorder):
         assert found == expected
 
 
+def test_what_was_compiled_before_is_what_is_repeated(recorder):
+    """When the number comes back, and a fold launches it again and again."""
+
+    def scaled(output, target):
+        losses = nn.functional.mse_loss(output, target, reduction="none")
+        return factors[-1] * losses
+
+    factors: list[float] = []
+    goal = ll.supervised(nn.Linear(5, 1), scaled)
+    step, state = ll.make_step(goal, torch.optim.SGD), ll.init(goal, torch.optim.SGD)
+    epoch = ll.compile_fold(step, backend="aot_eager")
+    data = DataLoader(TensorDataset(X, torch.zeros(len(X), 1)), 2)
+    for factor in (1.0, 2.0, 1.0):
+        factors[:] = [factor]
+        expected = ll.fold(step, *copy.deepcopy(state), data)
+        assert same(epoch(*state, data), expected)
+        state = expected[:2]
+    assert epoch.why_not is None
+
+
 def test_what_cannot_be_captured_runs_as_it_is(recorder):
     recorder.refuses = True
     step, state = parts()
