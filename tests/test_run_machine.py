@@ -229,7 +229,9 @@ class Runs(RuleBasedStateMachine):
         with contextlib.ExitStack() as stack:
             if twice:
                 stack.enter_context(pytest.raises(KeyboardInterrupt))
-            signals = stack.enter_context(Interruption())
+            signals = Interruption()
+            signals.heed()
+            stack.callback(signals.restore)
             self.run = stepped(self.run, count, on_step)
             assert signals.requested == "SIGINT"
             self.save()
