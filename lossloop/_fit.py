@@ -50,8 +50,20 @@ from lossloop._history import History, Row
 from lossloop._interruption import Interruption
 from lossloop._journal import Journal
 from lossloop._mean import Mean
-from lossloop._memory import Indexed, copied_once, in_memory, read
-from lossloop._model import check_functional, device_of, load_params
+from lossloop._memory import (
+    Indexed,
+    copied_once,
+    draws_torch_alone,
+    in_memory,
+    read,
+)
+from lossloop._model import (
+    check_functional,
+    copy_tensors,
+    device_of,
+    load_params,
+    model_params,
+)
 from lossloop._objective import Objective, supervised
 from lossloop._optimizers import load_opt_state, refresh_opt_state
 from lossloop._order import Generators, after
@@ -552,6 +564,7 @@ def fit(
     begin, rest = 0, dict[str, Any]()
     before_row: Run | None = None  # for an interruption while it validates
     updated = False  # whether load_opt_state has been called
+    own = model_params(model)
     stack = ExitStack()
     try:
         signals.heed()
@@ -617,7 +630,9 @@ def fit(
                 start -= rest["epoch_seconds"]
                 schedule.begin_epoch(rest["schedule"]["rate"])
             if batches is None:
-                generators = Generators.now(train)
+                # Those of Python and NumPy take longer to note than all others.
+                alone = journal is None and draws_torch_alone(train)
+                generators = Generators.now(train, torch_alone=alone)
                 with reading("train_loader", epoch, 1):
                     batches, begin = read(train), 0
                     if journal is not None:
@@ -701,10 +716,11 @@ def fit(
                 opt_state, train_loss if val_loss is None else val_loss
             )
             with signals.whole():
-                load_params(model, params)
-                if copied:
-                    update = refresh_opt_state if updated else load_opt_state
-                    update(optimizer, model, opt_state)
+                copy_tensors([*own.values()], [params[name] for name in own])
+                if copied and not (
+                    updated and refresh_opt_state(optimizer, own, opt_state)
+                ):
+                    load_opt_state(optimizer, model, opt_state)
                     updated = True
                 schedule.finish_epoch()
             for plan in plans:

@@ -1,9 +1,7 @@
 """Data in memory, read by whole batches instead of sample by sample."""
 
-import itertools
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -61,16 +59,45 @@ class Indexed(Iterator[Batch]):
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], orders: Iterator[Tensor], *, ahead: bool
+        self, tensors: Sequence[Tensor], blocks: Iterator[Tensor], *, ahead: bool
     ) -> None:
+        """Begins a pass.
+
+        Args:
+            tensors: All samples.
+            blocks: Indices of shape (k, B), of k batches each.
+            ahead: See the attribute.
+        """
         self.tensors = tensors
         self.ahead = ahead
-        self._orders = orders
+        self._blocks = blocks
+        self._block = torch.empty(0, 0, dtype=torch.int64)
+        self._place = 0  # in the block
+        self._left: int | None = None  # batches to go, if there are not all of them
         self._device = torch.device("cpu")
 
     def __next__(self) -> Batch:
         """The next batch: a list, as `default_collate` makes it."""
-        return self.take(next(self._orders))
+        place = self._pass_over(1)
+        return self.take(self._block[place])
+
+    def _pass_over(self, most: int) -> int:
+        """Passes over the next batches of one block; returns the place of the first.
+
+        Raises:
+            StopIteration: If there are none.
+        """
+        if self._left == 0:
+            raise StopIteration
+        while self._place == self._block.shape[0]:
+            self._block, self._place = next(self._blocks), 0
+        if self._left is not None:
+            most = min(most, self._left)
+        first = self._place
+        self._place = min(first + most, self._block.shape[0])
+        if self._left is not None:
+            self._left -= self._place - first
+        return first
 
     def take(self, order: Tensor) -> Batch:
         """The samples with these indices."""
@@ -103,17 +130,21 @@ class Indexed(Iterator[Batch]):
         Raises:
             StopIteration: If there is none.
         """
-        order = next(self._orders)
-        self._orders = itertools.chain([order], self._orders)
-        return self.take(order)
+        before = self._left
+        self._place = self._pass_over(1)
+        self._left = before
+        return self.take(self._block[self._place])
 
     def begin_after(self, count: int) -> None:
         """Leaves out the first batches, so many."""
-        deque(itertools.islice(self._orders, count), maxlen=0)
+        with suppress(StopIteration):
+            while count > 0:
+                first = self._pass_over(count)
+                count -= self._place - first
 
     def end_after(self, count: int) -> None:
         """Ends the pass after so many batches more."""
-        self._orders = itertools.islice(self._orders, count)
+        self._left = count if self._left is None else min(count, self._left)
 
     def orders(self, most: int) -> Iterator[Tensor]:
         """The indices of the samples of what is left, k batches of one size at once.
@@ -124,9 +155,10 @@ class Indexed(Iterator[Batch]):
         Returns:
             Tensors of shape (k, B), which are read as they are asked for.
         """
-        for _, equal in itertools.groupby(self._orders, len):
-            while several := list(itertools.islice(equal, most)):
-                yield torch.stack(several)
+        with suppress(StopIteration):
+            while True:
+                first = self._pass_over(most)
+                yield self._block[first : self._place]
 
 
 def read(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -143,10 +175,10 @@ def read(batches: Iterable[Batch]) -> Iterator[Batch]:
     if found is None:
         return iter(batches)
     tensors, rows = found
-    orders, ahead = _orders(batches.batch_sampler, len(tensors[0]), rows)
+    blocks, ahead = _blocks(batches.batch_sampler, len(tensors[0]), rows)
     # What a loader draws at the start of each pass, for workers that are not there.
     torch.empty((), dtype=torch.int64).random_(generator=batches.generator)
-    return Indexed(tensors, orders, ahead=ahead)
+    return Indexed(tensors, blocks, ahead=ahead)
 
 
 def in_memory(batches: Iterable[Batch]) -> bool:
@@ -156,6 +188,13 @@ def in_memory(batches: Iterable[Batch]) -> bool:
     if type(batches) is not DataLoader or not _is_plain(batches):
         return False
     return _tensors(batches.dataset) is not None
+
+
+def draws_torch_alone(batches: Iterable[Batch]) -> bool:
+    """Whether a pass draws from generators of torch, if it draws at all."""
+    sampler: Any = getattr(batches, "batch_sampler", None)
+    fixed = type(sampler) is BatchSampler and type(sampler.sampler) in _FIXED
+    return fixed and in_memory(batches)
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
@@ -194,10 +233,32 @@ def _index(indices: Iterable[int], size: int) -> Tensor:
     return torch.from_numpy(np.where(index < 0, index + size, index))
 
 
-def _orders(
+def _drawn(sampler: Any) -> Tensor | None:
+    """What a sampler gives, without a number of Python for each; None if not known.
+
+    It draws what the sampler draws, from the same generator.
+    """
+    if type(sampler) is SequentialSampler:
+        return torch.arange(len(sampler.data_source))
+    if type(sampler) is not RandomSampler or sampler.replacement:
+        return None
+    size, wanted = len(sampler.data_source), sampler.num_samples
+    if not size:
+        return None
+    generator = sampler.generator
+    if generator is None:
+        seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        generator = torch.Generator().manual_seed(seed)
+    # The sampler draws another permutation for what is left, even if nothing is.
+    found = [torch.randperm(size, generator=generator) for _ in range(wanted // size)]
+    rest = torch.randperm(size, generator=generator)[: wanted % size]
+    return found[0] if wanted == size else torch.cat([*found, rest])
+
+
+def _blocks(
     batch_sampler: Any, size: int, rows: Tensor | None
 ) -> tuple[Iterator[Tensor], bool]:
-    """The rows of each batch, and whether they are fixed from the start."""
+    """The rows of the batches, and whether they are fixed from the start."""
 
     def chosen(indices: Iterable[int]) -> Tensor:
         if rows is None:
@@ -206,11 +267,19 @@ def _orders(
 
     def cut() -> Iterator[Tensor]:
         # A generator, because samplers draw when the first batch is asked for.
-        orders = chosen(sampler).split(batch_sampler.batch_size)
-        odd = orders and len(orders[-1]) < batch_sampler.batch_size
-        yield from orders[:-1] if odd and batch_sampler.drop_last else orders
+        drawn = _drawn(sampler)
+        if drawn is None:
+            order = chosen(sampler)
+        else:
+            order = drawn if rows is None else rows.index_select(0, drawn)
+        length = batch_sampler.batch_size
+        whole = len(order) // length * length
+        if whole:
+            yield order[:whole].view(-1, length)
+        if whole < len(order) and not batch_sampler.drop_last:
+            yield order[whole:].view(1, -1)
 
     sampler: Any = getattr(batch_sampler, "sampler", None)
     if type(batch_sampler) is BatchSampler and type(sampler) in _FIXED:
         return cut(), True
-    return map(chosen, batch_sampler), False
+    return (chosen(indices).view(1, -1) for indices in batch_sampler), False

@@ -724,30 +724,34 @@ def load_opt_state(
 
 
 def refresh_opt_state(
-    optimizer: TorchOptimizer, model: nn.Module, opt_state: OptState
-) -> None:
+    optimizer: TorchOptimizer, params: Params, opt_state: OptState
+) -> bool:
     """Writes moments and counts again where `load_opt_state` wrote them, in place.
 
     Hyper-parameters are left alone: in a run the groups say what they are.
+
+    Args:
+        optimizer: The instance.
+        params: The module's own parameters, by name.
+        opt_state: What to write.
+
+    Returns:
+        Whether it was done: not if the instance does not hold all of them.
     """
-    params = dict(model.named_parameters(remove_duplicate=False))
-    groups = cast(Slots, opt_state.slots).groups
-    held: list[tuple[Options, Group, Params]] = [
-        (optimizer.state.get(params[name], {}), group, moments)
-        for group in groups
-        for name, moments in group.moments.items()
-    ]
-    if any(not state.keys() >= moments.keys() for state, _, moments in held):
-        load_opt_state(optimizer, model, opt_state)
-        return
     targets: list[Tensor] = []
     sources: list[Tensor] = []
-    for state, group, moments in held:
-        counts = {"step": group.step} if "step" in state else {}
-        for name, value in (moments | counts).items():
-            targets.append(state[name])
-            sources.append(value)
+    for group in cast(Slots, opt_state.slots).groups:
+        for name, moments in group.moments.items():
+            state = optimizer.state.get(params[name], {})
+            if not state.keys() >= moments.keys():
+                return False
+            targets += [state[moment] for moment in moments]
+            sources += moments.values()
+            if "step" in state:
+                targets.append(state["step"])
+                sources.append(group.step)
     copy_tensors(targets, sources)
+    return True
 
 
 def _moment_names(

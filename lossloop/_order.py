@@ -82,9 +82,11 @@ class Generators(NamedTuple):
     numpy: Any
 
     @classmethod
-    def now(cls, loader: Any) -> "Generators":
-        """Where they are."""
+    def now(cls, loader: Any, *, torch_alone: bool = False) -> "Generators":
+        """Where they are; of torch's alone, if no other is to be put back."""
         own = [g.get_state() for g in own_generators(plain(loader))]
+        if torch_alone:
+            return cls(own, None, None)
         return cls(own, random.getstate(), np.random.get_state())
 
     def put_back(self, loader: Any) -> None:
@@ -92,8 +94,9 @@ class Generators(NamedTuple):
         generators = own_generators(plain(loader))
         for generator, state in zip(generators, self.torch, strict=True):
             generator.set_state(state)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
+        if self.python is not None:
+            random.setstate(self.python)
+            np.random.set_state(self.numpy)
 
     def state(self) -> dict[str, Any]:
         """The same in tensors and numbers; see `of`."""

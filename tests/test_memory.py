@@ -82,6 +82,8 @@ def samplers(n):
         "loader's generator": {"generator": torch.Generator()},
         "replacement": {"sampler": RandomSampler(range(n), replacement=True)},
         "more": {"sampler": RandomSampler(range(n), num_samples=2 * n + 1)},
+        "twice": {"sampler": RandomSampler(range(n), num_samples=2 * n)},
+        "fewer": {"sampler": RandomSampler(range(n), num_samples=max(1, n - 3))},
         "subset": {"sampler": SubsetRandomSampler(half)},
         "weighted": {"sampler": WeightedRandomSampler(torch.ones(n), n)},
         "backwards": {"sampler": Backwards(n)},
