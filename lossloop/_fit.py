@@ -976,18 +976,13 @@ def _checked(
         )
     # No more at once than a step will take.
     looks = split(batch, accumulate) if accumulate > 1 else [batch]
-    for look in looks:
-        with autocast(precision, params):  # or it would take more memory than a step
-            goal.check("train_loader, batch 1", params, look)
-    watch.learn(looks[0])
+    with autocast(precision, params):  # or it would take more memory than a step
+        seen = [goal.check("train_loader, batch 1", params, look) for look in looks]
+    watch.learn(seen[0].output)
     watch.whole("train_loader", train)
     watch.last("train_loader", train, looks[0])
     if frozen is not None:
         watch.whole("frozen_train_loss", frozen)
-    with autocast(precision, params):
-        unused = set[str].intersection(
-            *(goal.without_gradient(params, look) for look in looks)
-        )
     if reason := coupled_loss(goal, params, looks[0]):
         warnings.warn(
             f"fit: the loss of the first batch is not the sum of the losses of its "
@@ -1006,9 +1001,9 @@ def _checked(
             stacklevel=3,
         )
     with reading("val_loader", 1, 1):
-        seen = None if val is None else peek("val_loader", val)
-    if val is not None and seen is not None:
-        batch = to_device(seen, device)
+        peeked = None if val is None else peek("val_loader", val)
+    if val is not None and peeked is not None:
+        batch = to_device(peeked, device)
         with autocast(precision, params):
             goal.check("val_loader, batch 1", params, batch, train=False)
         watch.whole("val_loader", val)
@@ -1016,6 +1011,7 @@ def _checked(
             _check_padding("val_loader", goal, params, batch)
     if eval_step.metrics:
         eval_step(params, batch)
+    unused = set[str].intersection(*(each.unused for each in seen))
     if isinstance(iterator, Indexed):
         return iterator, unused
     return itertools.chain([first], iterator), unused

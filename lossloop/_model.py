@@ -252,20 +252,21 @@ class FunctionalModel:
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         self._body = _Body(function, model)
-        # Looking for the other names of a tensor takes a tenth of a small eager step.
-        all_names, own_names = (
-            [
-                *model.named_parameters(remove_duplicate=once),
-                *model.named_buffers(remove_duplicate=once),
-            ]
-            for once in (False, True)
-        )
-        self._tied = len(all_names) > len(own_names)
+        own = model_params(model)
         self._buffers = tuple(
-            name
-            for name, tensor in model_params(model).items()
-            if not isinstance(tensor, nn.Parameter)
+            name for name, tensor in own.items() if not isinstance(tensor, nn.Parameter)
         )
+        names = {id(tensor): name for name, tensor in own.items()}
+        # Where the module keeps each of them: the dictionary, the key, the name.
+        self._places: list[tuple[dict[str, Any], str, str]] = [
+            (kept, key, names[id(tensor)])
+            for module in model.modules()
+            for kept in (module._parameters, module._buffers)  # pyright: ignore
+            for key, tensor in kept.items()
+            if id(tensor) in names
+        ]
+        self._names = frozenset(own)
+        self._tied = len(self._places) > len(own)
 
     def __call__(self, params: Params, *args: Any) -> tuple[Any, Params]:
         """Calls the function with `params` in the module.
@@ -274,12 +275,35 @@ class FunctionalModel:
             What the function returned, and the buffers as the call left them; `params`
             is unchanged, because the module writes to copies.
         """
-        tensors = {f"model.{name}": tensor for name, tensor in params.items()}
-        for name in self._buffers:
-            tensors[f"model.{name}"] = params[name].clone()
-        given = {name: tensors[f"model.{name}"] for name in self._buffers}
-        result = functional_call(self._body, tensors, args, tie_weights=self._tied)
-        # functional_call leaves in the dictionary what the module assigned meanwhile,
-        # which may be a tensor of the batch: a step must not hand that out as state.
-        left = {name: tensors[f"model.{name}"] for name in self._buffers}
+        given = {name: params[name].clone() for name in self._buffers}
+        tensors = {**params, **given}
+        plain = not torch.compiler.is_compiling() and tensors.keys() == self._names
+        called = self._called if plain else self._called_by_torch
+        # The module may assign a buffer a tensor of the batch: a step must not hand
+        # that out as state.
+        result, left = called(tensors, args)
         return result, {k: t if t is given[k] else t.clone() for k, t in left.items()}
+
+    def _called(self, tensors: Params, args: tuple[Any, ...]) -> tuple[Any, Params]:
+        """What `functional_call` does, which takes a tenth of a small eager step."""
+        places = self._places
+        empty = [kept[key] for kept, key, _ in places]
+        try:
+            for kept, key, name in places:
+                kept[key] = tensors[name]
+            result = self._body.function(self._body.model, *args)
+            # A buffer of two names is what the first of them holds.
+            left = {name: kept[key] for kept, key, name in reversed(places)}
+            return result, {name: left[name] for name in self._buffers}
+        finally:
+            for (kept, key, _), tensor in zip(places, empty, strict=True):
+                kept[key] = tensor
+
+    def _called_by_torch(
+        self, tensors: Params, args: tuple[Any, ...]
+    ) -> tuple[Any, Params]:
+        """In a form that can be compiled, and that refuses tensors of other names."""
+        own = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        result = functional_call(self._body, own, args, tie_weights=self._tied)
+        # It leaves in the dictionary what the module assigned meanwhile.
+        return result, {name: own[f"model.{name}"] for name in self._buffers}

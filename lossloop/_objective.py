@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,19 @@ Give each torch.autograd.Function a setup_context, take torch.utils.checkpoint a
 saved-tensor hooks out, and do not call requires_grad_() or backward() inside.
 ({error})\
 """
+
+
+class Checked(NamedTuple):
+    """What was seen of a model while a batch was looked at.
+
+    Attributes:
+        output: What it returned, without the values; None if that is no tensor, or
+            cannot be told from the loss.
+        unused: Names of trainable parameters that the loss does not depend on.
+    """
+
+    output: Tensor | None
+    unused: set[str]
 
 
 class Objective:
@@ -108,7 +121,7 @@ class Objective:
 
     def check(
         self, place: str, params: Params, batch: Batch, *, train: bool = True
-    ) -> None:
+    ) -> "Checked":
         """Looks at a batch as nothing inside a step may: reads values on the host.
 
         Args:
@@ -118,10 +131,14 @@ class Objective:
             batch: The batch; a copy is used, and no generator moves.
             train: Whether it is to be trained on, and not only evaluated.
 
+        Returns:
+            What was seen of the model meanwhile.
+
         Raises:
             ValueError: If nothing is trainable, an input or target is not finite, the
-                loss refuses the batch, or the model or the loss is no pure function: it
-                writes to its inputs, or gives something else when called again.
+                loss refuses the batch, depends on no trainable parameter, or the model
+                or the loss is no pure function: it writes to its inputs, or gives
+                something else when called again.
             TypeError: If the batch or the returned pair has the wrong form, or
                 `torch.func` cannot differentiate the model.
         """
@@ -130,6 +147,7 @@ class Objective:
         # A skeleton for this alone: what forward leaves on it is thrown away.
         model = skeleton(self.model, train=train)
         functional = FunctionalModel(model, self._function)
+        output, unused = None, set[str]()
 
         def call(params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
             result, buffers = functional(params, batch)
@@ -143,26 +161,30 @@ class Objective:
                 return result[0], result
 
             trained = {name: params[name] for name in self.trainable}
-            return torch.func.grad(loss, has_aux=True)(trained)[1]
+            grads, result = torch.func.grad(loss, has_aux=True)(trained)
+            unused.update(name for name, grad in grads.items() if not grad.any())
+            return result
 
         try:
             with torch.no_grad(), host_generators_kept():
                 if self.loss_fn is not None:
                     with seeded(0, device_of(params)):
                         look = functools.partial(_look_at, self.loss_fn)
-                        FunctionalModel(model, look)(params, _cloned(batch))
+                        output, _ = FunctionalModel(model, look)(params, _cloned(batch))
                 watched = functools.partial(
                     _watched, model_params(self.model), model, params, batch
                 )
-                watched(call)
-                # The same call twice: dropout may draw otherwise under torch.func.
-                again = differentiate if train else call
-                first, second = watched(again), watched(again)
+                first, second = watched(call), watched(call)
                 for one, other in zip(first, second, strict=True):
                     # Some kernels of GPUs add in any order.
                     rtol = 0.0 if one.device.type == "cpu" else 1e-2
                     if not torch.allclose(one, other, rtol, 0.0, equal_nan=True):
                         raise ValueError(HIDDEN_STATE.format(one=one, other=other))
+                if train:
+                    watched(differentiate)
+            if unused:  # or its gradient happens to be zero
+                unused &= self.without_gradient(params, batch)
+            return Checked(output, unused)
         except Exception as error:
             if type(error) in (TypeError, ValueError):
                 raise type(error)(f"{place}: {error}") from error
@@ -424,11 +446,13 @@ def forward(model: Any, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _look_at(loss_fn: Callable[..., Any], model: Any, batch: Batch) -> None:
+def _look_at(loss_fn: Callable[..., Any], model: Any, batch: Batch) -> Any:
     inputs, targets, weights = split_batch(batch)
     for name, tree in (("inputs", inputs), ("targets", targets), ("weights", weights)):
         check_finite(name, tree)
-    check_loss(loss_fn, forward(model, inputs), targets, weights)
+    output = forward(model, inputs)
+    check_loss(loss_fn, output, targets, weights)
+    return output.to("meta") if isinstance(output, Tensor) else None
 
 
 def check_finite(name: str, tree: Any) -> None:

@@ -354,7 +354,7 @@ class _Update(NamedTuple):
             )
             if shrink is not None:
                 change = change - shrink * param
-            return change.to(own.dtype), {k: new[k].to(old[k].dtype) for k in old}
+            return _as(own, change), {k: _as(old[k], new[k]) for k in old}
 
         return count, update
 
@@ -384,6 +384,11 @@ def _wide(tensor: Tensor) -> Tensor:
     # Half precision is computed in float32 and rounded once, like a fused optimizer.
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     return tensor.float() if half else tensor
+
+
+def _as(like: Tensor, tensor: Tensor) -> Tensor:
+    # A call that changes nothing takes as long as an operator on a small tensor.
+    return tensor if tensor.dtype is like.dtype else tensor.to(like.dtype)
 
 
 def from_torch(optimizer: TorchLike, **hyperparameters: Any) -> Optimizer:

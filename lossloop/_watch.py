@@ -73,12 +73,13 @@ class Watch:
         self._counts: dict[str, tuple[int, int]] = {}  # batches, and in which epoch
         self._warned: set[str] = set()
 
-    def learn(self, batch: Batch) -> None:
-        """Learns how many classes there are, from a batch the objective has checked."""
-        if self._check is None:
-            return
-        output = self._output_of(batch, train=True)
-        if isinstance(output, Tensor) and output.dim():
+    def learn(self, output: Tensor | None) -> None:
+        """Learns how many classes there are, from the output for a batch.
+
+        Args:
+            output: Of the model, its values are not read; None if that is no tensor.
+        """
+        if self._check is not None and output is not None and output.dim():
             self._output = output
 
     def whole(self, name: str, loader: Iterable[Batch]) -> None:

@@ -201,7 +201,6 @@ def overfit_batch(
         )
     few = to_device(taken(whole, range(samples)), device_of(params))
     goal.check(f"{where}: the batch", params, few)
-    goal.without_gradient(params, few)
     losses: list[float] = []
     bound = math.nan
     while len(losses) < steps:

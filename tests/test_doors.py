@@ -773,7 +773,7 @@ def test_where_classes_differ_labels_are_looked_at_no_more(monkeypatch):
     watch = Watch(ll.supervised(Points(), nn.CrossEntropyLoss()))
     batch = torch.randn(2, 4, 2), torch.tensor([3, 0])
     more = torch.randn(2, 9, 2), torch.tensor([8, 0])
-    watch.learn(batch)
+    watch.learn(Points()(batch[0]))
     passing = watch("train_loader", [batch, more, more], 1)
     assert (next(passing), next(passing)) == (batch, more)
     monkeypatch.setattr(Points, "forward", None)
@@ -783,7 +783,7 @@ def test_where_classes_differ_labels_are_looked_at_no_more(monkeypatch):
 @pytest.mark.parametrize("labels", [Y, LATE])
 def test_looking_at_data_in_memory_moves_no_generator(labels):
     watch = Watch(ll.supervised(mlp(), nn.CrossEntropyLoss()))
-    watch.learn((X, Y))
+    watch.learn(mlp()(X))
     around = world()
     subset = Subset(in_memory(labels).dataset, range(5))
     watch.whole("train_loader", DataLoader(subset, 2, shuffle=True))
@@ -827,7 +827,7 @@ def test_a_watch_passes_batches_on_unchanged():
     goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
     for loader in ([(X, Y), (X[:2], Y[:2])], in_memory(size=4)):
         watch = Watch(goal)
-        watch.learn((X, Y))
+        watch.learn(goal.model(X))
         found = list(watch("train_loader", loader, 1))
         for batch, expected in zip(found, loader, strict=True):
             assert all(map(torch.equal, batch, expected))
