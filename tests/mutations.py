@@ -327,16 +327,15 @@ MUTATIONS = [
     Mutation(
         "the module holds the last finished epoch",
         "_fit.py",
-        "                load_params(model, params)\n                if copied:\n"
-        "                    update = ",
-        "                if copied:\n                    update = ",
+        "copy_tensors([*own.values()], [params[name] for name in own])",
+        "pass",
         f"{IN_STEP}[gradient-last-nan]",
     ),
     Mutation(
         "the optimizer does so too",
         "_fit.py",
-        "                    update(optimizer, model, opt_state)\n",
-        "",
+        "                if copied and not (\n",
+        "                if False and not (\n",
         f"{NONFINITE}test_an_instance_of_torch_holds_the_last_finished_epoch_too",
     ),
     # What belongs to the caller.

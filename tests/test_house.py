@@ -129,6 +129,7 @@ def test_who_reads_values_on_the_host():
         "metrics",  # likewise
         "_baseline",  # after a run
         "_checkpoint",  # on the host anyway
+        "_memory",  # the seed of a sampler, as torch does
         "_order",  # generators, which are there; a batch, once per epoch of a saved run
         "probes",  # between steps
         "_loss_checks",  # the first batch
