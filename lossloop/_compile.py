@@ -54,8 +54,6 @@ _SKELETON = re.compile(
     r"\._body(\._(modules|parameters|buffers)(\['[^']*'\])?|\._\w*hooks\w*)*"
     r"(\.\w+(\[\d+\])*)?$"
 )
-# What a fold is made for, and never changes; the caller's function is a part of it too.
-_FOLD = re.compile(r"L\['function'\]\.__self__\._(form|carried|shared|finite)\b")
 _CLASS = re.compile(r"type\(.*\)\.__mro__\[\d+\]\.__dict__\)(\['(\w+)'\])?")
 
 
@@ -63,7 +61,6 @@ def _guards_to_keep(guards: Sequence[Any]) -> list[bool]:
     return [
         guard.guard_type != "EMPTY_NN_MODULE_HOOKS_DICT"
         and not _OWN_CODE.search(guard.name)
-        and not _FOLD.match(guard.name)
         and not _SKELETON.search(guard.name)
         and not _of_torchs_class(guard)
         for guard in guards
