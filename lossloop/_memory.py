@@ -277,9 +277,9 @@ def _blocks(
         if whole:
             yield order[:whole].view(-1, length)
         if whole < len(order) and not batch_sampler.drop_last:
-            yield order[whole:].view(1, -1)
+            yield order[whole:][None]
 
     sampler: Any = getattr(batch_sampler, "sampler", None)
     if type(batch_sampler) is BatchSampler and type(sampler) in _FIXED:
         return cut(), True
-    return (chosen(indices).view(1, -1) for indices in batch_sampler), False
+    return (chosen(indices)[None] for indices in batch_sampler), False
