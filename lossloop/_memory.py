@@ -1,5 +1,6 @@
 """Data in memory, read by whole batches instead of sample by sample."""
 
+import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -23,7 +24,7 @@ from torch.utils.data import (
 from lossloop._types import Batch
 
 # Their order does not depend on what happens while it is read.
-_FIXED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+FIXED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 class _Copy(NamedTuple):
@@ -73,31 +74,23 @@ class Indexed(Iterator[Batch]):
         self._blocks = blocks
         self._block = torch.empty(0, 0, dtype=torch.int64)
         self._place = 0  # in the block
-        self._left: int | None = None  # batches to go, if there are not all of them
         self._device = torch.device("cpu")
 
     def __next__(self) -> Batch:
         """The next batch: a list, as `default_collate` makes it."""
-        place = self._pass_over(1)
-        return self.take(self._block[place])
+        batch = self.peek()
+        self._place += 1
+        return batch
 
-    def _pass_over(self, most: int) -> int:
-        """Passes over the next batches of one block; returns the place of the first.
+    def _go_on(self) -> int:
+        """Takes up another block if need be; returns how many batches it has left.
 
         Raises:
-            StopIteration: If there are none.
+            StopIteration: If there is no batch.
         """
-        if self._left == 0:
-            raise StopIteration
         while self._place == self._block.shape[0]:
             self._block, self._place = next(self._blocks), 0
-        if self._left is not None:
-            most = min(most, self._left)
-        first = self._place
-        self._place = min(first + most, self._block.shape[0])
-        if self._left is not None:
-            self._left -= self._place - first
-        return first
+        return self._block.shape[0] - self._place
 
     def take(self, order: Tensor) -> Batch:
         """The samples with these indices."""
@@ -130,21 +123,21 @@ class Indexed(Iterator[Batch]):
         Raises:
             StopIteration: If there is none.
         """
-        before = self._left
-        self._place = self._pass_over(1)
-        self._left = before
+        self._go_on()
         return self.take(self._block[self._place])
 
     def begin_after(self, count: int) -> None:
         """Leaves out the first batches, so many."""
         with suppress(StopIteration):
             while count > 0:
-                first = self._pass_over(count)
-                count -= self._place - first
+                passed = min(count, self._go_on())
+                self._place += passed
+                count -= passed
 
     def end_after(self, count: int) -> None:
         """Ends the pass after so many batches more."""
-        self._left = count if self._left is None else min(count, self._left)
+        blocks = itertools.chain([self._block[self._place :]], self._blocks)
+        self._blocks, self._place = _first(count, blocks), self._block.shape[0]
 
     def orders(self, most: int) -> Iterator[Tensor]:
         """The indices of the samples of what is left, k batches of one size at once.
@@ -157,8 +150,16 @@ class Indexed(Iterator[Batch]):
         """
         with suppress(StopIteration):
             while True:
-                first = self._pass_over(most)
-                yield self._block[first : self._place]
+                count = min(most, self._go_on())
+                self._place += count
+                yield self._block[self._place - count : self._place]
+
+
+def _first(count: int, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The first batches of blocks, so many; of what follows, nothing is drawn."""
+    while count > 0 and (block := next(blocks, None)) is not None:
+        yield block[:count]
+        count -= block.shape[0]
 
 
 def read(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -192,9 +193,11 @@ def in_memory(batches: Iterable[Batch]) -> bool:
 
 def draws_torch_alone(batches: Iterable[Batch]) -> bool:
     """Whether a pass draws from generators of torch, if it draws at all."""
-    sampler: Any = getattr(batches, "batch_sampler", None)
-    fixed = type(sampler) is BatchSampler and type(sampler.sampler) in _FIXED
-    return fixed and in_memory(batches)
+    return _is_fixed(getattr(batches, "batch_sampler", None)) and in_memory(batches)
+
+
+def _is_fixed(batch_sampler: Any) -> bool:
+    return type(batch_sampler) is BatchSampler and type(batch_sampler.sampler) in FIXED
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
@@ -259,27 +262,22 @@ def _blocks(
     batch_sampler: Any, size: int, rows: Tensor | None
 ) -> tuple[Iterator[Tensor], bool]:
     """The rows of the batches, and whether they are fixed from the start."""
+    length = size if rows is None else len(rows)
 
-    def chosen(indices: Iterable[int]) -> Tensor:
-        if rows is None:
-            return _index(indices, size)
-        return rows.index_select(0, _index(indices, len(rows)))
+    def chosen(index: Tensor) -> Tensor:
+        return index if rows is None else rows.index_select(0, index)
 
     def cut() -> Iterator[Tensor]:
         # A generator, because samplers draw when the first batch is asked for.
+        sampler = batch_sampler.sampler
         drawn = _drawn(sampler)
-        if drawn is None:
-            order = chosen(sampler)
-        else:
-            order = drawn if rows is None else rows.index_select(0, drawn)
-        length = batch_sampler.batch_size
-        whole = len(order) // length * length
+        order = chosen(_index(sampler, length) if drawn is None else drawn)
+        whole = len(order) - len(order) % batch_sampler.batch_size
         if whole:
-            yield order[:whole].view(-1, length)
+            yield order[:whole].view(-1, batch_sampler.batch_size)
         if whole < len(order) and not batch_sampler.drop_last:
             yield order[whole:][None]
 
-    sampler: Any = getattr(batch_sampler, "sampler", None)
-    if type(batch_sampler) is BatchSampler and type(sampler) in _FIXED:
+    if _is_fixed(batch_sampler):
         return cut(), True
-    return (chosen(indices)[None] for indices in batch_sampler), False
+    return (chosen(_index(each, length))[None] for each in batch_sampler), False

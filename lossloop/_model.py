@@ -285,7 +285,7 @@ class FunctionalModel:
         return result, {k: t if t is given[k] else t.clone() for k, t in left.items()}
 
     def _called(self, tensors: Params, args: tuple[Any, ...]) -> tuple[Any, Params]:
-        """What `functional_call` does, which takes a tenth of a small eager step."""
+        """What `functional_call` does, in less time: 4 % of a small eager step."""
         places = self._places
         empty = [kept[key] for kept, key, _ in places]
         try:

@@ -121,7 +121,7 @@ class Objective:
 
     def check(
         self, place: str, params: Params, batch: Batch, *, train: bool = True
-    ) -> "Checked":
+    ) -> Checked:
         """Looks at a batch as nothing inside a step may: reads values on the host.
 
         Args:

@@ -15,22 +15,11 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 
 from lossloop._batches import PaddedLast, own_generators
-from lossloop._memory import Indexed
+from lossloop._memory import FIXED, Indexed
 from lossloop._types import Batch
-
-_SAMPLERS = (
-    SequentialSampler,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
 
 
 def plain(loader: Any) -> Any:
@@ -69,7 +58,7 @@ def why_not_exact(loader: Any) -> str | None:
     sampler = own.sampler if batch_sampler is None else batch_sampler
     if type(batch_sampler) is BatchSampler:
         sampler = batch_sampler.sampler
-    if type(sampler) in _SAMPLERS or isinstance(sampler, list | tuple | range):
+    if type(sampler) in FIXED or isinstance(sampler, list | tuple | range):
         return None
     return f"nothing is known of the state of a {type(sampler).__name__}"
 

@@ -20,7 +20,6 @@ from lossloop._compile import (
     batch_shape,
     compiled,
     inductor,
-    leaves,
     pairs,
     write,
 )
@@ -160,11 +159,11 @@ class Scan:
         """
         self.made = 0
         self._orders[: len(orders)] = orders
-        state = leaves((params, carry))
+        leaves = pytree.tree_leaves((params, carry))
         if self._loops:
             weight = mean.weight if self._counts else mean.weight.to(mean.total.dtype)
             count = torch.tensor(len(orders))
-            args = (count, self._orders, mean.total, weight, tensors, state)
+            args = (count, self._orders, mean.total, weight, tensors, leaves)
             with torch.no_grad():
                 return Mean(*self._graph(Unseeded, args))
         sums = self._sums
@@ -172,7 +171,7 @@ class Scan:
             self._place.zero_()
             sums.total.copy_(mean.total)
             sums.weight.copy_(mean.weight)
-            args = (self._place, self._orders, *sums[:2], tensors, state)
+            args = (self._place, self._orders, *sums[:2], tensors, leaves)
             for step in range(len(orders)):
                 # Nobody can change what was guarded before the first.
                 call = self._graph.again if step else self._graph
