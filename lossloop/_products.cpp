@@ -1,4 +1,5 @@
-// The operator lossloop::mm: float32 matrix products by torch's own small kernels.
+// The operator lossloop::mm: float32 matrix products on tiles (_tiles.h, which stands
+// before this), and without them by torch's own small kernels.
 //
 // torch brings oneDNN's "batch-reduce" kernels for its attention, generated for the
 // processor at hand, and exports them. A call costs next to nothing and reads both
@@ -9,10 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <cstring>
-#include <vector>
 
 // Declared as in ATen/native/CPUBlas.h and fbgemm/Utils.h, which take ten seconds to
 // compile. If another torch has them otherwise, this library cannot be loaded.
@@ -31,7 +29,6 @@ void transpose_simd(
 namespace {
 
 using torch::stable::Tensor;
-using Int = int64_t;
 
 constexpr Int SIDE = 128;          // of a block of the result
 constexpr Int DEPTH = 512;         // that is summed in one go: 256 KB of each side
@@ -41,15 +38,6 @@ constexpr double LEAST = 1 << 17;  // multiplications that are worth a thread
 // Between the rows of a copy. What lies a power of 2 apart falls into the same few
 // places of the cache, and transposing took three times as long.
 constexpr Int GAP = 16;
-
-// A matrix in memory: number (i, j) is at data[i * down + j * right].
-struct Matrix {
-  const float* data;
-  Int down, right;
-  Matrix at(Int i, Int j) const {
-    return {data + i * down + j * right, down, right};
-  }
-};
 
 // A copy of a part of the matrix, row by row.
 Matrix packed(Matrix part, Int rows, Int columns, std::vector<float>& memory) {
@@ -70,6 +58,7 @@ Matrix packed(Matrix part, Int rows, Int columns, std::vector<float>& memory) {
 
 // c = a @ b, in this thread. The rows of c are `next` apart.
 void product(Int m, Int n, Int depth, Matrix a, Matrix b, float* c, Int next) {
+  if (tiles::available() && tiles::product(m, n, depth, a, b, c, next)) return;
   static thread_local std::vector<float> left, right;
   for (Int k = 0; k < depth; k += DEPTH) {
     Int deep = std::min(DEPTH, depth - k);
@@ -103,8 +92,12 @@ Tensor mm(Tensor a, Tensor b) {
           b.scalar_type() == torch::headeronly::ScalarType::Float,
       "lossloop::mm: the sides do not fit, or are not of float32");
   Int m = a.size(dims - 2), depth = a.size(dims - 1), n = b.size(dims - 1);
-  Int sizes[] = {batch, m, n};
-  Tensor c = torch::stable::new_empty(a, {sizes + 3 - dims, static_cast<size_t>(dims)});
+  Int sizes[] = {batch, m, n}, strides[] = {m * n, n, 1};
+  AtenTensorHandle handle;  // by way of the dispatcher it would take longer than the call
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes + 3 - dims, strides + 3 - dims, aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor c(handle);
   if (batch * m * n == 0) return c;
   auto result = static_cast<float*>(c.data_ptr());
   if (depth == 0) {

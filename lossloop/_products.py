@@ -24,23 +24,26 @@ aten = torch.ops.aten
 # "auto" has our operator where it was measured to be faster, "on" wherever there is a
 # compiler for it, "off" nowhere.
 SWITCH = "LOSSLOOP_PRODUCTS"
-SOURCE = Path(__file__).with_suffix(".cpp")
-FASTER = 1.2  # times: so much it has to be, for a choice that noise does not make
+SOURCE = "".join(
+    Path(__file__).with_name(name).read_text() for name in ("_tiles.h", "_products.cpp")
+)
+FASTER = 1.1  # times: so much it has to be, for a choice that noise does not make
 ROUNDS = 20  # of which the best counts
 SECONDS_PER_PAIR = 0.03  # after which there are no more rounds, but three at least
-NARROW = 16  # columns
+NARROW = 16  # columns, rows, or what is summed
 SMALL = 2**22  # multiplications
 
 # What is measured for each kind of product: rows, depth and columns, after the size of
 # the batch if there is one. A layer has one side or the other transposed.
 KINDS = {
     "narrow": [(64, 128, 10), (256, 256, 10)],
+    "thin": [(10, 64, 128), (64, 10, 128), (10, 64, 512), (64, 10, 512)],
     "small": [(64, 64, 128), (64, 128, 128), (128, 64, 128)],
     "large": [(64, 512, 1024), (512, 64, 512), (256, 256, 512)],
     "batches": [(64, 64, 32, 64), (64, 64, 64, 32)],
 }
 
-# What the C++ file implements. It takes any strides, so nothing is copied for it.
+# What the C++ files implement. It takes any strides, so nothing is copied for it.
 _library = torch.library.Library("lossloop", "FRAGMENT")
 _library.define(
     "mm(Tensor a, Tensor b) -> Tensor",
@@ -72,6 +75,8 @@ def kind_of(a: Tensor, b: Tensor) -> str | None:
     (m, depth), n = a.shape, b.shape[1]
     if n <= NARROW:
         return "narrow"
+    if min(m, depth) <= NARROW:
+        return "thin"
     return "small" if m * depth * n <= SMALL else "large"
 
 
@@ -180,9 +185,9 @@ def loaded() -> bool:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        CppCodeCache.load(SOURCE.read_text())
-        # Whole numbers, which do not round.
-        a = torch.arange(15.0, dtype=torch.float32, device="cpu").view(3, 5)
+        CppCodeCache.load(SOURCE)
+        # Whole numbers whose products and sums do not round; tiles have to split them.
+        a = 119 * torch.arange(15.0, dtype=torch.float32, device="cpu").view(3, 5)
         found = torch.ops.lossloop.mm(a, a.T)
         return found.equal((a[:, None] * a).sum(-1))
     except Exception:  # there is no compiler, or torch has its kernels no longer
@@ -193,7 +198,7 @@ def _remembered(threads: int) -> dict[str, float]:
     """How many times as fast as torch's it is, measured or from the note of it."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    facts = (processor(), threads, torch.__version__, SOURCE.read_text(), KINDS)
+    facts = (processor(), threads, torch.__version__, SOURCE, KINDS)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     note = Path(cache_dir()) / f"lossloop-products-{digest[:16]}"
     if not note.exists():
