@@ -10,6 +10,10 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 Static = Mapping[str, Any]
 Result = tuple[Tensor, Tensors]
+Kernel = Callable[
+    [list[Tensor], list[Tensor], list[Tensors], Tensor, Mapping[str, float], Static],
+    None,
+]
 
 
 def _hyper_alone(count: Tensor, hyper: Tensors) -> Tensors:
@@ -35,6 +39,9 @@ class Rule(NamedTuple):
     decoupled: bool = False  # weight decay is, if that is not an option
     counts: bool = True  # torch keeps a step count
     elementwise: bool = True  # an element's update depends on no other's
+    # torch's own kernel for all parameters of a group at once, which writes over them
+    # and their moments: `kernel(params, grads, moments, count, hyper, static)`.
+    kernel: Kernel | None = None
 
 
 # In the formulas: p parameter, g gradient, m moments, s scalars, o static options.
@@ -126,6 +133,33 @@ def _adam(p: Tensor, g: Tensor, m: Tensors, s: Tensors, o: Static) -> Result:
         square = torch.maximum(m["max_exp_avg_sq"], square)
         new["max_exp_avg_sq"] = square
     return s["size"] * new["exp_avg"] / (_root(square) + s["eps"]), new
+
+
+def _adam_kernel(
+    params: list[Tensor],
+    grads: list[Tensor],
+    moments: list[Tensors],
+    count: Tensor,
+    hyper: Mapping[str, float],
+    o: Static,
+) -> None:
+    decoupled = o["decoupled_weight_decay"]
+    kernel = torch.ops.aten._fused_adamw_ if decoupled else torch.ops.aten._fused_adam_
+    kernel(
+        params,
+        grads,
+        [m["exp_avg"] for m in moments],
+        [m["exp_avg_sq"] for m in moments],
+        [m["max_exp_avg_sq"] for m in moments] if o["amsgrad"] else [],
+        [count.float()] * len(params),
+        lr=hyper["lr"],
+        beta1=hyper["beta1"],
+        beta2=hyper["beta2"],
+        weight_decay=hyper.get("weight_decay", 0.0),
+        eps=hyper["eps"],
+        amsgrad=o["amsgrad"],
+        maximize=o["maximize"],
+    )
 
 
 # RMSprop (Tieleman and Hinton, 2012; centered: Graves, 2013).
@@ -416,6 +450,7 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
         ("lr", "betas", "eps", _decay),
         ("amsgrad", "maximize", "decoupled_weight_decay"),
         _adam_scalars,
+        kernel=_adam_kernel,
     ),
     torch.optim.RMSprop: Rule(
         _rmsprop_moments,

@@ -33,6 +33,12 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def is_traced() -> bool:
+    """Whether what runs is compiled or transformed, so that tensors have no values."""
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
+    return torch.compiler.is_compiling() or transform is not None
+
+
 def gate_of(opt_state: OptState) -> Gate:
     """That of a state which has one."""
     assert opt_state.gate

@@ -79,7 +79,6 @@ class Objective:
         self.trainable = frozenset(
             name for name, t in model.named_parameters() if t.requires_grad
         )
-        self._where = where
         self._function = function
         self._functions = {
             mode: FunctionalModel(skeleton(model, train=mode), function)
@@ -93,13 +92,13 @@ class Objective:
 
     def train(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
         """Returns `(loss_sum, n, buffers)` in train mode, the buffers as written."""
-        result, buffers = self._functions[True](params, batch)
-        return *as_pair(self._where, result), buffers
+        (loss_sum, n), buffers = self._functions[True](params, batch)
+        return loss_sum, n, buffers
 
     def evaluate(self, params: Params, batch: Batch) -> LossPair:
         """Returns `(loss_sum, n)` in eval mode."""
-        result, _ = self._functions[False](params, batch)
-        return as_pair(self._where, result)
+        pair, _ = self._functions[False](params, batch)
+        return pair
 
     def measure(
         self,
@@ -112,8 +111,8 @@ class Objective:
         The model is called once. Of an objective made by `supervised` only: no other
         tells its output from its loss.
         """
-        (pair, seen), _ = self._functions[False](params, batch, look)
-        return *as_pair(self._where, pair), seen
+        ((loss_sum, n), seen), _ = self._functions[False](params, batch, look)
+        return loss_sum, n, seen
 
     def init(self) -> Params:
         """A detached copy of the model's parameters and buffers."""
@@ -150,8 +149,8 @@ class Objective:
         output, unused = None, set[str]()
 
         def call(params: Params, batch: Batch) -> tuple[Tensor, Tensor, Params]:
-            result, buffers = functional(params, batch)
-            return *as_pair(self._where, result), buffers
+            (loss_sum, n), buffers = functional(params, batch)
+            return loss_sum, n, buffers
 
         def differentiate(
             params: Params, batch: Batch
@@ -374,7 +373,12 @@ def objective(
         >>> n.item()
         4.0
     """
-    return Objective(model, function, where="the function given to objective")
+    where = "the function given to objective"
+
+    def pair(model: Any, batch: Batch) -> LossPair:
+        return as_pair(where, function(model, batch))
+
+    return Objective(model, pair, where=where)
 
 
 def supervised(model: nn.Module, loss_fn: Callable[..., Any]) -> Objective:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lossloop._formulas import NUMBERS, RULES, Rule
+from lossloop._gate import is_traced
 from lossloop._model import copy_tensors
 from lossloop._types import (
     Group,
@@ -315,15 +316,63 @@ class _Update(NamedTuple):
             groups.append(Group(count, group.hyper, moments))
         return {name: moved[name] for name in params}, Slots(tuple(groups))
 
-    def _of_group(
-        self, static: Options, group: Group
-    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Params], Change]]:
-        """The new count of its steps, and the formula for one of its parameters."""
-        count, hyper = group.step + 1, group.hyper
+    def by_kernel(
+        self, grads: Params, slots: Slots, params: Params, *, in_place: bool
+    ) -> tuple[Params, Slots] | None:
+        """The same by torch's own kernel; None if it is not for these tensors.
+
+        It reads rates on the host, and tensors of one dtype as they lie in memory.
+        """
+        kernel = self.rule.kernel
+        if kernel is None or is_traced():
+            return None
+        state, numbers = [*params.values(), *grads.values()], list[Tensor]()
+        for group in slots.groups:
+            state += [t for own in group.moments.values() for t in own.values()]
+            numbers += [group.step, *group.hyper.values()]
+        alike = len({t.dtype for t in state}) == 1
+        if not alike or not all(map(_is_simple, state + numbers)):
+            return None
+        moved: Params = {}
+        groups: list[Group] = []
+
+        def own(tensor: Tensor) -> Tensor:
+            keeps = in_place and tensor.numel() > BLOCK
+            return tensor if keeps else tensor.clone()
+
+        for static, group in zip(self.statics, slots.groups, strict=True):
+            count, hyper = self._now(group)
+            now = {name: own(params[name]) for name in group.moments}
+            moments = {
+                name: {key: own(t) for key, t in old.items()}
+                for name, old in group.moments.items()
+            }
+            kernel(
+                list(now.values()),
+                [grads[name] for name in now],
+                list(moments.values()),
+                count,
+                {key: t.item() for key, t in hyper.items()},
+                static,
+            )
+            moved.update(now)
+            groups.append(Group(count, group.hyper, moments))
+        return {name: moved[name] for name in params}, Slots(tuple(groups))
+
+    def _now(self, group: Group) -> tuple[Tensor, Params]:
+        """The new count of a group's steps, and its hyper-parameters in this one."""
+        hyper = group.hyper
         if self.schedule is not None:
             # A factor of exp(0), so that it is computed once: see _one_minus_power.
             factor = self.schedule(group.step) * torch.exp(0 * group.step)
             hyper = {**hyper, "lr": hyper["lr"] * factor}
+        return group.step + 1, hyper
+
+    def _of_group(
+        self, static: Options, group: Group
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Params], Change]]:
+        """The new count of its steps, and the formula for one of its parameters."""
+        count, hyper = self._now(group)
         scalars = self.rule.scalars(count, hyper)
         decay = hyper.get("weight_decay")
         shrink = None
@@ -332,26 +381,22 @@ class _Update(NamedTuple):
 
         # Run as it is, every product would convert the scalars once more.
         eager = not torch.compiler.is_compiling()
-        rounded: dict[torch.dtype, Params] = {}
+        known: dict[torch.dtype, tuple[Params, Options]] = {}
 
         def update(own: Tensor, slope: Tensor, old: Params) -> Change:
             param, grad = _wide(own), _wide(slope)
-            if eager and param.dtype not in rounded:
-                rounded[param.dtype] = {
-                    key: t.to(param.dtype) if t.is_floating_point() else t
+            if own.dtype not in known:
+                rounded = {
+                    key: t.to(param.dtype) if eager and t.is_floating_point() else t
                     for key, t in scalars.items()
                 }
+                known[own.dtype] = rounded, {**static, "dtype": own.dtype}
             if static["maximize"]:
                 grad = -grad
             if decay is not None:
                 grad = grad + decay * param
-            change, new = self.rule.update(
-                param,
-                grad,
-                {key: _wide(value) for key, value in old.items()},
-                rounded.get(param.dtype, scalars),
-                {**static, "dtype": own.dtype},
-            )
+            wide = {key: _wide(value) for key, value in old.items()}
+            change, new = self.rule.update(param, grad, wide, *known[own.dtype])
             if shrink is not None:
                 change = change - shrink * param
             return _as(own, change), {k: _as(old[k], new[k]) for k in old}
@@ -363,6 +408,9 @@ def move(
     optimizer: Optimizer, grads: Params, slots: Any, params: Params
 ) -> tuple[Params, Any]:
     """The parameters after an update, and the new slots."""
+    moved = _by_kernel(optimizer, grads, slots, params, in_place=False)
+    if moved is not None:
+        return moved
     updates, slots = optimizer.update(grads, slots, params)
     return {name: params[name] + updates[name] for name in params}, slots
 
@@ -375,9 +423,33 @@ def move_in_place(
     Large tensors are written over the old ones, a block at a time, and the gradients
     are dropped as they are used; small tensors are new.
     """
+    moved = _by_kernel(optimizer, grads, slots, params, in_place=True)
+    if moved is not None:
+        grads.clear()
+        return moved
     update = optimizer.update
     own = isinstance(update, _Update)
     return (update.in_place if own else partial(move, optimizer))(grads, slots, params)
+
+
+def _by_kernel(
+    optimizer: Optimizer, grads: Params, slots: Any, params: Params, *, in_place: bool
+) -> tuple[Params, Any] | None:
+    update = optimizer.update
+    if not isinstance(update, _Update):
+        return None
+    return update.by_kernel(grads, slots, params, in_place=in_place)
+
+
+def _is_simple(tensor: Tensor) -> bool:
+    """Whether a kernel may take it for a row of numbers, and nothing else."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.dtype in (torch.float32, torch.float64)
+    )
 
 
 def _wide(tensor: Tensor) -> Tensor:

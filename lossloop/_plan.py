@@ -102,7 +102,7 @@ def count_cost(function: Callable[..., Any], args: tuple[Any, ...]) -> Cost:
     """Counts what a pure function does by calling it once.
 
     That of a large state on tensors without data, which takes no memory, but seconds to
-    import.
+    import; an update by torch's own kernel then counts as formulas.
     """
     tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
     if sum(t.numel() for t in tensors) > LARGEST_COUNTED_WITH_DATA:

@@ -15,6 +15,7 @@ from lossloop._ema import averaged, check_decay, start_ema
 from lossloop._gate import (
     check_allowed,
     grand_total,
+    is_traced,
     judged,
     on_host,
     seen_finite,
@@ -615,11 +616,7 @@ def _gradient_of(
 
 def _is_plain() -> bool:
     """Whether a step is neither compiled, transformed nor differentiated."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
-    )
+    return not (torch.is_grad_enabled() or is_traced())
 
 
 def _sum_dtype(param: Tensor) -> torch.dtype:

@@ -318,8 +318,9 @@ def test_counting_leaves_generators_alone_and_repeats():
 def test_a_large_step_is_counted_without_data(case, monkeypatch):
     monkeypatch.setattr("lossloop._plan.LARGEST_COUNTED_WITH_DATA", 10)
     goal = ll.supervised(CASES[case].model(), CASES[case].loss)
-    params, opt_state = ll.init(goal, torch.optim.Adam)
-    body = ll.make_step(goal, torch.optim.Adam).body.function
+    # Without data Adam is counted as formulas, for which torch has a kernel.
+    params, opt_state = ll.init(goal, torch.optim.NAdam)
+    body = ll.make_step(goal, torch.optim.NAdam).body.function
     args = params, opt_state.carry, CASES[case].batch()
     called = []
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lossloop.optim
@@ -485,7 +486,7 @@ def test_schedules_do_not_recompile():
     optimizer = from_torch(torch_optimizer)
     params = detached(model)
     slots = optimizer.init(dict(model.named_parameters()))
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(
         lambda *given: optimizer.update(*given), backend=counter, fullgraph=True
     )
@@ -859,3 +860,135 @@ def test_a_state_can_be_handed_over_without_a_copy():
             assert adam.state[param][moment].data_ptr() == value.data_ptr()
     assert adam.state[param]["step"] == 1
     assert adam.state[param]["step"].data_ptr() != slots.groups[0].step.data_ptr()
+
+
+# Torch's own kernels.
+
+
+every_kernel = pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if RULES[case[0]].kernel],
+    ids=lambda case: NAMES[id(case)],
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the kernels were called with, for optimizers that are made from now on."""
+    seen = []
+
+    def counted(kernel):
+        def call(params, *rest):
+            seen.append(params)
+            kernel(params, *rest)
+
+        return call
+
+    for kind, rule in RULES.items():
+        if rule.kernel:
+            own = rule._replace(kernel=counted(rule.kernel))
+            monkeypatch.setitem(RULES, kind, own)
+    return seen
+
+
+def without_kernel(optimizer):
+    update = optimizer.update
+    rule = update.rule._replace(kernel=None)
+    return optimizer._replace(update=update._replace(rule=rule))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kernel_computes_what_the_formulas_do(case, dtype, calls):
+    """And what torch does with `fused=True`, bit for bit."""
+    kind, options = case
+    model, other = (Model(kind, dtype) for _ in range(2))
+    fused = kind(other.groups(kind, options), fused=True, **options)
+    optimizer = from_torch(kind(model.groups(kind, options), **options))
+    plain = without_kernel(optimizer)
+    params = detached(model)
+    slots = optimizer.init(dict(model.named_parameters()))
+    exact, exact_slots = tree_map(torch.clone, (params, slots))
+    for step in range(1, 5):
+        grads = gradients(params, step)
+        for name, param in other.named_parameters():
+            param.grad = grads[name].clone()
+        held = tree_map(torch.clone, (params, slots, grads))
+        new = move(optimizer, grads, slots, params)
+        for one, before in zip(
+            tree_leaves((params, slots, grads)), tree_leaves(held), strict=True
+        ):
+            assert one.equal(before)
+        exact, exact_slots = move(plain, grads, exact_slots, exact)
+        params, slots = new
+        fused.step()
+        assert len(calls) == 2 * step
+    # The formulas take a root of 0 for one of the smallest number.
+    rtol, atol = (1e-12, 1e-12) if dtype is torch.float64 else (1e-5, 1e-6)
+    torch.testing.assert_close(params, exact, rtol=rtol, atol=atol)
+    torch.testing.assert_close(slots, exact_slots, rtol=rtol, atol=atol)
+    for name, param in other.named_parameters():
+        assert param.equal(params[name])
+        for group in slots.groups:
+            for moment, value in group.moments.get(name, {}).items():
+                assert value.equal(fused.state[param][moment])
+
+
+class Own(Tensor):
+    """A tensor that may mean anything."""
+
+
+def start(optimizer):
+    params = detached(Model(O.Adam))
+    return params, optimizer.init(params)
+
+
+def turned(params):
+    """The same numbers, the matrix column by column."""
+    return {**params, "p2": params["p2"].T.contiguous().T}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        turned,
+        lambda params: {**params, "p1": params["p1"].float()},
+        lambda params: {k: t.bfloat16() for k, t in params.items()},
+        lambda params: {k: t.as_subclass(Own) for k, t in params.items()},
+    ],
+    ids=["strides", "dtypes", "half", "subclass"],
+)
+def test_a_kernel_is_not_for_other_tensors(change, calls):
+    optimizer = from_torch(O.Adam)
+    params = change(detached(Model(O.Adam)))
+    slots = optimizer.init(params)
+    grads = gradients(params, 1)
+    found = move(optimizer, grads, slots, params)
+    assert not calls
+    torch.testing.assert_close(
+        found, move(without_kernel(optimizer), grads, slots, params)
+    )
+    move(optimizer, detached(Model(O.Adam)), *reversed(start(optimizer)))
+    assert calls
+
+
+def test_a_kernel_is_not_for_what_is_differentiated_or_transformed(calls):
+    optimizer = from_torch(O.Adam)
+    params, slots = start(optimizer)
+    grads = gradients(params, 1)
+
+    def total(lr):
+        (group,) = slots.groups
+        own = group._replace(hyper={**group.hyper, "lr": lr})
+        moved, _ = move(optimizer, grads, Slots((own,)), params)
+        return sum(t.sum() for t in moved.values())
+
+    lr = torch.tensor(0.1, requires_grad=True)
+    (slope,) = torch.autograd.grad(total(lr), lr)
+    assert slope.equal(torch.func.grad(total)(lr.detach()))
+    batch = torch.vmap(total)(torch.tensor([0.1, 0.2]))
+    assert batch[0] != batch[1]
+    assert not calls
+    with torch.no_grad():
+        torch.testing.assert_close(total(lr), batch[0])
+    assert calls
