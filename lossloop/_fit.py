@@ -536,7 +536,7 @@ def fit(
     def after_step(opt_state: OptState, mean: Mean) -> OptState:
         nonlocal ended, passed
         bar.step(mean, opt_state.step)
-        if on_host(mean.total.device) and gate_of(opt_state).skipped > passed:
+        if on_host(mean.total) and gate_of(opt_state).skipped > passed:
             check_state(epoch, opt_state)
             passed = int(gate_of(opt_state).skipped)
             if passed > skip_nonfinite:

@@ -399,7 +399,7 @@ def make_step(
             return descend(now, carry, grads, in_place=in_place)
         # In float16 a gradient may overflow, which is the business of the scale.
         looked_at = [] if carry.scale else [*grads.values()]
-        if _is_plain() and on_host(loss_sum.device):
+        if _is_plain() and on_host(loss_sum):
             # What can be read need not be computed, nor chosen element by element.
             gate = carry.gate
             if gate.skipped > gate.allowed:
