@@ -565,6 +565,8 @@ def fit(
     before_row: Run | None = None  # for an interruption while it validates
     updated = False  # whether load_opt_state has been called
     own = model_params(model)
+    # The generators of Python and NumPy take longer to note than all others.
+    torch_alone = journal is None and draws_torch_alone(train)
     stack = ExitStack()
     try:
         signals.heed()
@@ -630,9 +632,7 @@ def fit(
                 start -= rest["epoch_seconds"]
                 schedule.begin_epoch(rest["schedule"]["rate"])
             if batches is None:
-                # Those of Python and NumPy take longer to note than all others.
-                alone = journal is None and draws_torch_alone(train)
-                generators = Generators.now(train, torch_alone=alone)
+                generators = Generators.now(train, torch_alone=torch_alone)
                 with reading("train_loader", epoch, 1):
                     batches, begin = read(train), 0
                     if journal is not None:

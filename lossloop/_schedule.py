@@ -136,8 +136,10 @@ class Schedule:
         """The state with the rates that the optimizer's groups hold now."""
         if self._optimizer is None:
             return opt_state
-        opt_state = follow(self._optimizer, opt_state, self._followed)
-        self._followed = host_hyper(self._optimizer)
+        now = host_hyper(self._optimizer)
+        if now != self._followed:
+            opt_state = follow(self._optimizer, opt_state, self._followed)
+            self._followed = now
         return opt_state
 
     def last_rate(self, opt_state: OptState) -> float | None:
