@@ -217,11 +217,18 @@ class Forked:
         if self.pid == 0:
             status = 1
             with contextlib.suppress(BaseException):
+                os.setpgid(0, 0)
                 os.close(self.lines)
                 child(kind, directory, broken, tell)
                 status = 0
             os._exit(status)
         os.close(tell)
+
+    @property
+    def gone(self):
+        """Whether it has ended, though `ended` was not called yet."""
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.pid, options) is not None
 
     def ended(self):
         """How, as `waitpid` tells it."""
@@ -234,7 +241,9 @@ class Fresh(Forked):
 
     def __init__(self, kind, directory, broken=None):
         command = [sys.executable, __file__, kind, directory]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, process_group=0
+        )
         self.lines, self.pid = self.process.stdout.fileno(), self.process.pid
 
     def ended(self):
@@ -293,7 +302,14 @@ def attempt(process, signals, *, seconds=0.0, saves=0, pause=0.0):
         os.kill(process.pid, number)  # it is there, at least as a zombie
         sent += 1
         seconds = pause
-    told.listen()
+    while not told.over and not process.gone:
+        told.listen(seconds=0.05)
+    if not told.over:
+        # A worker of a loader whose process is killed before it asks for its number
+        # takes another for that, and waits for ever with its end of the pipe open.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        told.listen()
     status = process.ended()
     return told.last, status, sent == len(signals)
 
