@@ -30,7 +30,7 @@ def start_gate(allowed: int, step: int, device: torch.device) -> Gate:
 
 def on_host(tensor: Tensor) -> bool:
     """Whether its value can be read, and without waiting for a device."""
-    return type(tensor) is Tensor and tensor.is_cpu  # a FakeTensor has none
+    return tensor.is_cpu and not hasattr(tensor, "fake_mode")  # that has no value
 
 
 def is_traced() -> bool:

@@ -420,8 +420,8 @@ def move_in_place(
 ) -> tuple[Params, Any]:
     """The same, bit for bit, in less memory.
 
-    Large tensors are written over the old ones, a block at a time, and the gradients
-    are dropped as they are used; small tensors are new.
+    Large tensors are written over the old ones, by formulas a block at a time; small
+    tensors are new. The gradients are dropped as they are used.
     """
     moved = _by_kernel(optimizer, grads, slots, params, in_place=True)
     if moved is not None:

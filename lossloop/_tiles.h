@@ -49,6 +49,7 @@ namespace tiles {
 constexpr Int LINES = 16, STEP = 32, PARTS = 3;
 using Number = uint16_t;                  // a bfloat16
 constexpr Int TILE = LINES * STEP;        // numbers
+constexpr Int NEXT = STEP * sizeof(Number);  // bytes from line to line
 constexpr Int DEPTH = 4 * STEP;           // that is summed in one go
 constexpr Int HEIGHT = 512, WIDTH = 512;  // of a block: both sides stay in cache
 
@@ -71,6 +72,8 @@ struct Configuration {
   }
   ~Configuration() { _tile_release(); }
 };
+
+inline Int up(Int number, Int unit) { return (number + unit - 1) / unit * unit; }
 
 inline __mmask16 first(Int n) {
   return static_cast<__mmask16>((1u << std::clamp<Int>(n, 0, 16)) - 1);
@@ -133,7 +136,7 @@ inline void transpose(__m512 a[]) {
 inline void pack(
     Matrix side, Int lines, Int depth, bool left, Number* to, __m512& undefined) {
   bool in_line = side.right == 1;  // or else lines lie beside each other
-  Int strips = (lines + LINES - 1) / LINES, steps = (depth + STEP - 1) / STEP;
+  Int strips = up(lines, LINES) / LINES, steps = up(depth, STEP) / STEP;
   for (Int tile = 0; tile < strips * steps; tile++) {
     // In the order of memory.
     Int strip = in_line ? tile / steps : tile % strips;
@@ -164,11 +167,24 @@ inline void pack(
   }
 }
 
+// Adds to tile c the six products of tiles 2 to 4, the parts of the left side, with those
+// of the right side, the smaller first. Numbers of tiles have to be written as such.
+#define LOSSLOOP_ADD_SIX(c, right)        \
+  _tile_loadd(5, right, NEXT);            \
+  _tile_loadd(6, right + TILE, NEXT);     \
+  _tile_loadd(7, right + 2 * TILE, NEXT); \
+  _tile_dpbf16ps(c, 4, 5);                \
+  _tile_dpbf16ps(c, 3, 6);                \
+  _tile_dpbf16ps(c, 2, 7);                \
+  _tile_dpbf16ps(c, 3, 5);                \
+  _tile_dpbf16ps(c, 2, 6);                \
+  _tile_dpbf16ps(c, 2, 5);
+
 // Adds the product of a strip of the left side and two of the right, or begins with it.
 inline void multiply(
     const Number* left, const Number* right, Int second, Int depth, float* c, Int next,
     bool add) {
-  constexpr Int NEXT = STEP * sizeof(Number), COLUMNS = LINES;
+  constexpr Int COLUMNS = LINES;
   Int row = next * sizeof(float);
   if (add) {
     _tile_loadd(0, c, row);
@@ -181,25 +197,8 @@ inline void multiply(
     _tile_loadd(2, left, NEXT);
     _tile_loadd(3, left + TILE, NEXT);
     _tile_loadd(4, left + 2 * TILE, NEXT);
-    // The smaller first. Numbers of tiles are constants, hence twice the same.
-    _tile_loadd(5, right, NEXT);
-    _tile_loadd(6, right + TILE, NEXT);
-    _tile_loadd(7, right + 2 * TILE, NEXT);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_dpbf16ps(0, 3, 6);
-    _tile_dpbf16ps(0, 2, 7);
-    _tile_dpbf16ps(0, 3, 5);
-    _tile_dpbf16ps(0, 2, 6);
-    _tile_dpbf16ps(0, 2, 5);
-    _tile_loadd(5, right + second, NEXT);
-    _tile_loadd(6, right + second + TILE, NEXT);
-    _tile_loadd(7, right + second + 2 * TILE, NEXT);
-    _tile_dpbf16ps(1, 4, 5);
-    _tile_dpbf16ps(1, 3, 6);
-    _tile_dpbf16ps(1, 2, 7);
-    _tile_dpbf16ps(1, 3, 5);
-    _tile_dpbf16ps(1, 2, 6);
-    _tile_dpbf16ps(1, 2, 5);
+    LOSSLOOP_ADD_SIX(0, right)
+    LOSSLOOP_ADD_SIX(1, right + second)
   }
   _tile_stored(0, c, row);
   _tile_stored(1, c + COLUMNS, row);
@@ -221,7 +220,6 @@ inline bool product(Int m, Int n, Int depth, Matrix a, Matrix b, float* c, Int n
   alignas(64) float edge[ROWS * COLUMNS];
   Configuration configuration;
   __m512 undefined = _mm512_setzero_ps();
-  auto up = [](Int number, Int unit) { return (number + unit - 1) / unit * unit; };
   for (Int i0 = 0; i0 < m; i0 += HEIGHT) {
     Int height = std::min(HEIGHT, m - i0);
     for (Int k = 0; k < depth; k += DEPTH) {
