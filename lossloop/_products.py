@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
+from lossloop._isa import vector_options
 from lossloop._machine import processor
 
 aten = torch.ops.aten
@@ -183,9 +184,11 @@ def loaded() -> bool:
     Inductor compiles it, with what it compiles its kernels with, and keeps it.
     """
     try:
+        from torch._inductor import config
         from torch._inductor.codecache import CppCodeCache
 
-        CppCodeCache.load(SOURCE)
+        with config.patch(vector_options()):
+            CppCodeCache.load(SOURCE)
         # Whole numbers whose products and sums do not round; tiles have to split them.
         a = 119 * torch.arange(15.0, dtype=torch.float32, device="cpu").view(3, 5)
         found = torch.ops.lossloop.mm(a, a.T)
