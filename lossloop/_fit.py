@@ -65,7 +65,7 @@ from lossloop._model import (
     model_params,
 )
 from lossloop._objective import Objective, supervised
-from lossloop._optimizers import load_opt_state, refresh_opt_state
+from lossloop._optimizers import held_moments, load_opt_state
 from lossloop._order import Generators, after
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
 from lossloop._precision import Precision, autocast
@@ -536,7 +536,7 @@ def fit(
     def after_step(opt_state: OptState, mean: Mean) -> OptState:
         nonlocal ended, passed
         bar.step(mean, opt_state.step)
-        if on_host(mean.total) and gate_of(opt_state).skipped > passed:
+        if on_host(mean.total) and int(gate_of(opt_state).skipped) > passed:
             check_state(epoch, opt_state)
             passed = int(gate_of(opt_state).skipped)
             if passed > skip_nonfinite:
@@ -716,10 +716,12 @@ def fit(
                 opt_state, train_loss if val_loss is None else val_loss
             )
             with signals.whole():
-                copy_tensors([*own.values()], [params[name] for name in own])
-                if copied and not (
-                    updated and refresh_opt_state(optimizer, own, opt_state)
-                ):
+                held = held_moments(optimizer, own, opt_state) if updated else None
+                targets, sources = held or ([], [])
+                copy_tensors(
+                    [*own.values(), *targets], [params[name] for name in own] + sources
+                )
+                if copied and held is None:
                     load_opt_state(optimizer, model, opt_state)
                     updated = True
                 schedule.finish_epoch()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lossloop._formulas import NUMBERS, RULES, Rule
 from lossloop._gate import is_traced
-from lossloop._model import copy_tensors
 from lossloop._types import (
     Group,
     Optimizer,
@@ -41,13 +40,17 @@ _PAIRS = {
 
 def _rule(kind: type[TorchOptimizer]) -> Rule:
     """The rule of a torch.optim class, or of a subclass that only sets options."""
+    return RULES[_supported(kind, getattr(kind, _STEP, None))]
+
+
+@functools.cache
+def _supported(kind: type[TorchOptimizer], step: Any) -> type[TorchOptimizer]:
     for base in kind.__mro__:
         if base not in RULES:
             continue
         # torch wraps `step` of each class it makes instances of: compare the originals.
-        own, known = (getattr(each, _STEP) for each in (kind, base))
-        if inspect.unwrap(own) is inspect.unwrap(known):
-            return RULES[base]
+        if inspect.unwrap(step) is inspect.unwrap(getattr(base, _STEP)):
+            return base
         raise TypeError(
             f"{kind.__name__} overrides {base.__name__}.step, which lossloop does not "
             f"call: its formulas are its own. Pass torch.optim.{base.__name__}, or an "
@@ -800,20 +803,21 @@ def load_opt_state(
                     optimizer.state[param] = saved
 
 
-def refresh_opt_state(
+def held_moments(
     optimizer: TorchOptimizer, params: Params, opt_state: OptState
-) -> bool:
-    """Writes moments and counts again where `load_opt_state` wrote them, in place.
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Moments and counts where `load_opt_state` wrote them, beside those of a state.
 
     Hyper-parameters are left alone: in a run the groups say what they are.
 
     Args:
         optimizer: The instance.
         params: The module's own parameters, by name.
-        opt_state: What to write.
+        opt_state: The state.
 
     Returns:
-        Whether it was done: not if the instance does not hold all of them.
+        The tensors of the instance, and what they have to be; None if the instance
+        does not hold all of them.
     """
     targets: list[Tensor] = []
     sources: list[Tensor] = []
@@ -821,14 +825,13 @@ def refresh_opt_state(
         for name, moments in group.moments.items():
             state = optimizer.state.get(params[name], {})
             if not state.keys() >= moments.keys():
-                return False
+                return None
             targets += [state[moment] for moment in moments]
             sources += moments.values()
             if "step" in state:
                 targets.append(state["step"])
                 sources.append(group.step)
-    copy_tensors(targets, sources)
-    return True
+    return targets, sources
 
 
 def _moment_names(
