@@ -41,7 +41,7 @@ train eagerly.
 # With up to so many numbers in its inputs, a graph may update several parameters in one
 # kernel, which is faster; with more, that takes too much memory.
 LARGEST_FUSED = 1e7
-BYTES_SHARED_BY_UPDATES = 64
+BYTES_SHARED_BY_UPDATES = 256
 
 # Guards are checked before every call, at up to a third of a small step's time. Those
 # on torch's code, on ours and on the skeletons that only we can reach are dropped;
@@ -144,6 +144,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     from torch._higher_order_ops.while_loop import while_loop_op
     from torch._inductor.compile_fx import compile_fx
 
+    from lossloop._bounds import Bounds
     from lossloop._isa import vector_options
     from lossloop._products import Products, ours
 
@@ -153,6 +154,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     patches = {
         **(vector_options() if on_cpu else {}),
         "size_asserts": False,  # the guards know the sizes of the inputs already
+        "post_grad_custom_pre_pass": Bounds(),
         "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
     }
     if sum(t.numel() for t in tensors) > LARGEST_FUSED:

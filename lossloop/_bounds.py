@@ -1,0 +1,143 @@
+"""Whether the product of two matrices is finite, told by its sides."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.fx_utils import get_node_storage
+from torch.fx import Graph, Node
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_SAME_ELEMENTS = (
+    aten.permute.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.clone.default,
+)
+
+
+class Bounds(CustomGraphPass):
+    """Lets a gate look at the sides of a product, which then is computed where used.
+
+    A gate adds up all gradients before it lets any of them be used, so that all would
+    have to be in memory at once. But that of a linear layer is a product `a @ b`, whose
+    elements and their partial sums are at most `sum_k (sum_i |a_ik|) (sum_j |b_kj|)`.
+    This is finite only if they are, and it is not if a side is not. Like the sum in its
+    place, it may overflow where no element has, at numbers that are lost in any case.
+
+    The sides wait in memory instead, so this is for products that are larger.
+    """
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrites sums over products that are only asked whether they are finite.
+
+        Args:
+            graph: Of a step, with examples of the values.
+        """
+        found = False
+        for total in graph.find_nodes(op="call_function", target=aten.sum.default):
+            product = _product_of(total.args[0])
+            if product is None or not _is_larger_than_sides(product):
+                continue
+            if not _asks_finite(total):
+                continue
+            with graph.inserting_before(total):
+                total.replace_all_uses_with(_bound(product, total.meta["val"].dtype))
+            graph.erase_node(total)
+            _compute_late(product)
+            found = True
+        if found:
+            _write_early(graph)
+
+    def uuid(self) -> bytes:
+        """What the cache of compiled graphs knows it by."""
+        return get_hash_for_files((__file__,))
+
+
+def _product_of(node: Any) -> Node | None:
+    """The product of matrices whose elements a node has; None if it is of others."""
+    while isinstance(node, Node):
+        if node.target in (aten.mm.default, aten.bmm.default):
+            return node
+        if node.target is prims.convert_element_type.default:
+            if node.meta["val"].dtype not in (torch.float32, torch.float64):
+                return None  # numbers might become infinite
+        elif node.target not in _SAME_ELEMENTS:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _is_larger_than_sides(product: Node) -> bool:
+    sides: Any = product.args
+    return product.meta["val"].numel() > sum(s.meta["val"].numel() for s in sides)
+
+
+def _asks_finite(total: Node) -> bool:
+    """Whether `isfinite` is all that is asked of a sum, or of what it is added to."""
+    users = list(total.users)
+    if len(users) == 1 and users[0].target in (
+        aten.add.Tensor,
+        prims.convert_element_type.default,
+    ):
+        return not users[0].kwargs and _asks_finite(users[0])
+    return bool(users) and all(
+        (user.target is aten.eq.Tensor and user.args == (total, total))
+        or (
+            user.target is aten.abs.default
+            and all(
+                ne.target is aten.ne.Scalar and ne.args == (user, math.inf)
+                for ne in user.users
+            )
+        )
+        for user in users
+    )
+
+
+def _bound(product: Node, dtype: torch.dtype) -> Node:
+    """What no element of a product is larger than, as a sum would be not finite."""
+    columns, rows = (
+        _call(aten.sum.dim_IntList, _call(aten.abs.default, side), [dim], dtype=dtype)
+        for side, dim in zip(product.args, (-2, -1), strict=True)
+    )
+    return _call(aten.sum.default, _call(aten.mul.Tensor, columns, rows))
+
+
+def _call(target: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Node:
+    """A node with an example of its value."""
+    node = args[0].graph.call_function(target, args, kwargs)
+    examples = (arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
+    node.meta["val"] = target(*examples, **kwargs)
+    return node
+
+
+def _compute_late(node: Node) -> None:
+    """Moves a node to where it is first used, other than as another form of it."""
+    for user in node.users:
+        if user.target in _SAME_ELEMENTS:
+            _compute_late(user)
+    if node.users:
+        min(node.users).prepend(node)
+
+
+def _write_early(graph: Graph) -> None:
+    """Writes into an input as soon as nothing reads what was there.
+
+    These come last in a graph of functions. Inductor computes what is written where the
+    write is, and would have all products first.
+    """
+    aliases: dict[int | None, list[Node]] = {}
+    for node in graph.nodes:
+        aliases.setdefault(get_node_storage(node), []).append(node)
+    for write in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        old, new = write.args[:2]
+        if not isinstance(old, Node) or not isinstance(new, Node):
+            continue
+        if old.op == "placeholder" and new.op == "call_function":
+            same = aliases[get_node_storage(old)]
+            readers = {reader for node in same for reader in node.users}
+            max(new, *readers - {write}).append(write)
