@@ -1,7 +1,7 @@
 """Whether the product of two matrices is finite, told by its sides."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.fx_utils import get_node_storage
 from torch.fx import Graph, Node
+
+from lossloop import _inlined
+from lossloop._inlined import inlined
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -45,8 +48,8 @@ class Bounds(CustomGraphPass):
                 continue
             if not _asks_finite(total):
                 continue
-            with graph.inserting_before(total):
-                total.replace_all_uses_with(_bound(product, total.meta["val"].dtype))
+            bound = partial(_bound, dtype=total.meta["val"].dtype)
+            total.replace_all_uses_with(inlined(total, bound, *product.args))
             graph.erase_node(total)
             _compute_late(product)
             found = True
@@ -55,7 +58,7 @@ class Bounds(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """What the cache of compiled graphs knows it by."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, _inlined.__file__))
 
 
 def _product_of(node: Any) -> Node | None:
@@ -98,21 +101,9 @@ def _asks_finite(total: Node) -> bool:
     )
 
 
-def _bound(product: Node, dtype: torch.dtype) -> Node:
-    """What no element of a product is larger than, as a sum would be not finite."""
-    columns, rows = (
-        _call(aten.sum.dim_IntList, _call(aten.abs.default, side), [dim], dtype=dtype)
-        for side, dim in zip(product.args, (-2, -1), strict=True)
-    )
-    return _call(aten.sum.default, _call(aten.mul.Tensor, columns, rows))
-
-
-def _call(target: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Node:
-    """A node with an example of its value."""
-    node = args[0].graph.call_function(target, args, kwargs)
-    examples = (arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
-    node.meta["val"] = target(*examples, **kwargs)
-    return node
+def _bound(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """What no element of `a @ b` is larger than."""
+    return (a.abs().sum(-2, dtype=dtype) * b.abs().sum(-1, dtype=dtype)).sum()
 
 
 def _compute_late(node: Node) -> None:

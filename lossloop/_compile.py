@@ -146,6 +146,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
 
     from lossloop._bounds import Bounds
     from lossloop._isa import vector_options
+    from lossloop._pooling import Pooling
     from lossloop._products import Products, ours
 
     tensors = [t for t in inputs if isinstance(t, Tensor)]
@@ -154,6 +155,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     patches = {
         **(vector_options() if on_cpu else {}),
         "size_asserts": False,  # the guards know the sizes of the inputs already
+        "joint_custom_post_pass": Pooling(),
         "post_grad_custom_pre_pass": Bounds(),
         "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
     }

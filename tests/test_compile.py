@@ -7,8 +7,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lossloop as ll
+from lossloop._bounds import Bounds
 from lossloop._compile import Compiled
 from lossloop._plan import CompilePlan, count_cost, has_rnn
+from lossloop._pooling import Pooling
+from lossloop._products import Products
 
 
 class Backend:
@@ -494,7 +497,7 @@ def test_too_many_changes_are_explained():
 
 
 @pytest.mark.parametrize(("largest", "together"), [(1e7, True), (10, False)])
-def test_only_a_small_step_updates_several_parameters_in_one_kernel(
+def test_a_step_is_compiled_with_our_passes_and_a_large_one_update_by_update(
     monkeypatch, largest, together
 ):
     patches = {}
@@ -508,5 +511,7 @@ def test_only_a_small_step_updates_several_parameters_in_one_kernel(
     goal = ll.supervised(CASES["mlp"].model(), CASES["mlp"].loss)
     step = ll.compile_step(ll.make_step(goal, torch.optim.Adam))
     step(*ll.init(goal, torch.optim.Adam), CASES["mlp"].batch())
-    assert patches
+    assert isinstance(patches["joint_custom_post_pass"], Pooling)
+    assert isinstance(patches["post_grad_custom_pre_pass"], Bounds)
+    assert isinstance(patches["post_grad_custom_post_pass"], Products)
     assert together == ("score_fusion_memory_threshold" not in patches)
