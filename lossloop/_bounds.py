@@ -128,7 +128,9 @@ def _write_early(graph: Graph) -> None:
         old, new = write.args[:2]
         if not isinstance(old, Node) or not isinstance(new, Node):
             continue
-        if old.op == "placeholder" and new.op == "call_function":
-            same = aliases[get_node_storage(old)]
-            readers = {reader for node in same for reader in node.users}
-            max(new, *readers - {write}).append(write)
+        if old.op != "placeholder" or new.op != "call_function":
+            continue
+        same = aliases[get_node_storage(old)]
+        readers = {reader for node in same for reader in node.users} - {write}
+        if all(reader.op == "call_function" for reader in readers):
+            max(new, *readers).append(write)

@@ -208,3 +208,18 @@ def test_what_is_read_later_is_not_written_early():
     assert graph(*one, a, b).equal(functional(*other, a, b))
     assert one[0].equal(other[0])
     assert one[1].equal(other[1])
+
+
+def test_what_is_returned_is_written_last():
+    def functional(x, a, b):
+        view, product = x.view(-1), a @ b
+        x.copy_(torch.where(torch.isfinite(product.sum()), product, x))
+        return view
+
+    x, a, b = batches((9, 8), (9, 2), (2, 8))
+    graph, changed = rewritten(functional, x, a, b)
+    assert changed
+    one, other = x.clone(), x.clone()
+    assert graph(one, a, b).equal(functional(other, a, b))
+    assert one.equal(other)
+    assert not one.equal(x)
