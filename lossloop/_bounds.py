@@ -83,21 +83,27 @@ def _is_larger_than_sides(product: Node) -> bool:
 def _asks_finite(total: Node) -> bool:
     """Whether `isfinite` is all that is asked of a sum, or of what it is added to."""
     users = list(total.users)
-    if len(users) == 1 and users[0].target in (
-        aten.add.Tensor,
-        prims.convert_element_type.default,
-    ):
-        return not users[0].kwargs and _asks_finite(users[0])
-    return bool(users) and all(
-        (user.target is aten.eq.Tensor and user.args == (total, total))
-        or (
-            user.target is aten.abs.default
-            and all(
-                ne.target is aten.ne.Scalar and ne.args == (user, math.inf)
-                for ne in user.users
-            )
+    if len(users) == 1:
+        added = users[0].target in (
+            aten.add.Tensor,
+            prims.convert_element_type.default,
         )
-        for user in users
+        return added and not users[0].kwargs and _asks_finite(users[0])
+    by_target = {user.target: user for user in users}
+    if len(users) != 2 or by_target.keys() != {aten.eq.Tensor, aten.abs.default}:
+        return False
+    is_number, size = by_target[aten.eq.Tensor], by_target[aten.abs.default]
+    both = list(is_number.users)
+    return (
+        is_number.args == (total, total)
+        and [user.target for user in both] == [aten.mul.Tensor]
+        and len(size.users) == 1
+        and all(
+            small.target is aten.ne.Scalar
+            and small.args == (size, math.inf)
+            and list(small.users) == both
+            for small in size.users
+        )
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -63,12 +64,17 @@ class Pooling(CustomGraphPass):
 
 def _pooling_of(scatter: Node) -> tuple[Node, tuple[int, int]] | None:
     """What is pooled, and its windows; None if they are none of ours."""
-    indices = _without_views(scatter.args[2])
+    start, dim, index, source = scatter.args
+    indices = _without_views(index)
     if str(indices.target) != _INDICES:
         return None
     offsets, window, size, stride, padding, dilation = indices.args
+    if offsets.target is not operator.getitem:
+        return None
     x = offsets.args[0].args[0]
     value = x.meta["val"]
+    zeros = start.target is aten.full.default and start.args[1] == 0
+    shapes = [node.meta["val"].shape for node in (scatter, index, source)]
     ours = (
         value.device.type == "cpu"
         and value.dtype is torch.float32
@@ -79,6 +85,9 @@ def _pooling_of(scatter: Node) -> tuple[Node, tuple[int, int]] | None:
         and not any(padding)
         and set(dilation) == {1}
         and not any(n % width for n, width in zip(size, window, strict=True))
+        and (zeros, dim) == (True, 1)
+        and shapes[0] == (value.shape[:2].numel(), value.shape[2:].numel())
+        and shapes[1] == shapes[2]
     )
     return (x, window) if ours else None
 
