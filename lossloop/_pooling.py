@@ -64,7 +64,8 @@ class Pooling(CustomGraphPass):
 
 def _pooling_of(scatter: Node) -> tuple[Node, tuple[int, int]] | None:
     """What is pooled, and its windows; None if they are none of ours."""
-    start, dim, index, source = scatter.args
+    added: Any = scatter.args
+    start, dim, index, source = added
     indices = _without_views(index)
     if str(indices.target) != _INDICES:
         return None
@@ -73,8 +74,8 @@ def _pooling_of(scatter: Node) -> tuple[Node, tuple[int, int]] | None:
         return None
     x = offsets.args[0].args[0]
     value = x.meta["val"]
-    zeros = start.target is aten.full.default and start.args[1] == 0
-    shapes = [node.meta["val"].shape for node in (scatter, index, source)]
+    rows, places = value.shape[:2].numel(), value.shape[2:].numel()
+    each = (rows, places // math.prod(window))
     ours = (
         value.device.type == "cpu"
         and value.dtype is torch.float32
@@ -85,9 +86,11 @@ def _pooling_of(scatter: Node) -> tuple[Node, tuple[int, int]] | None:
         and not any(padding)
         and set(dilation) == {1}
         and not any(n % width for n, width in zip(size, window, strict=True))
-        and (zeros, dim) == (True, 1)
-        and shapes[0] == (value.shape[:2].numel(), value.shape[2:].numel())
-        and shapes[1] == shapes[2]
+        # As torch writes it, and not something of the caller's.
+        and (start.target, start.args[1:]) == (aten.full.default, (0,))
+        and dim == 1
+        and start.meta["val"].shape == (rows, places)
+        and index.meta["val"].shape == source.meta["val"].shape == each
     )
     return (x, window) if ours else None
 

@@ -147,14 +147,14 @@ class Unpooled(nn.Module):
     def forward(self, x):
         x = self.first(x)
         pooled, places = nn.functional.max_pool2d(x, 2, return_indices=True)
-        start = torch.full_like(x, self.base)
+        start = x if self.base is None else torch.full_like(x, self.base)
         if self.flat:
             parts = [t.flatten(2).flatten(0, 1) for t in (start, places, pooled)]
             return parts[0].scatter_add(1, *parts[1:])
         return start.flatten(2).scatter_add(2, places.flatten(2), pooled.flatten(2))
 
 
-@pytest.mark.parametrize("base", [0.0, 1.0])
+@pytest.mark.parametrize("base", [0.0, 1.0, None])
 @pytest.mark.parametrize("flat", [True, False])
 def test_what_is_put_elsewhere_is_right(base, flat):
     module = Unpooled(base, flat)
