@@ -15,6 +15,8 @@ from lossloop._inlined import inlined
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+# Products of which may be as large as those in float32.
+_WIDE = (torch.float32, torch.float64, torch.bfloat16)
 _SAME_ELEMENTS = (
     aten.permute.default,
     aten.view.default,
@@ -65,7 +67,7 @@ def _product_of(node: Any) -> Node | None:
     """The product of matrices whose elements a node has; None if it is of others."""
     while isinstance(node, Node):
         if node.target in (aten.mm.default, aten.bmm.default):
-            return node
+            return node if node.meta["val"].dtype in _WIDE else None
         if node.target is prims.convert_element_type.default:
             if node.meta["val"].dtype not in (torch.float32, torch.float64):
                 return None  # numbers might become infinite
@@ -109,7 +111,9 @@ def _asks_finite(total: Node) -> bool:
 
 def _bound(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """What no element of `a @ b` is larger than."""
-    return (a.abs().sum(-2, dtype=dtype) * b.abs().sum(-1, dtype=dtype)).sum()
+    wide = torch.promote_types(a.dtype, torch.float32)
+    columns, rows = a.abs().sum(-2, dtype=wide), b.abs().sum(-1, dtype=wide)
+    return (columns * rows).sum().to(dtype)
 
 
 def _compute_late(node: Node) -> None:

@@ -47,7 +47,12 @@ class Pooling(CustomGraphPass):
                 continue
             x, window = found
             gradient = _without_views(scatter.args[3])
-            if gradient.target is aten.mm.default and len(gradient.users) == 1:
+            samples, size = x.meta["val"].shape[0], scatter.args[3].meta["val"].numel()
+            if (
+                gradient.target is aten.mm.default
+                and len(gradient.users) == 1
+                and gradient.meta["val"].shape == (samples, size // samples)
+            ):
                 function = partial(_after_linear, window=window)
                 args = x, *gradient.args
             else:
@@ -131,11 +136,15 @@ def _by_channels(x: Tensor, pooled: Tensor, window: tuple[int, int]) -> Tensor:
         x[:, :, i : i + 1, :, j : j + 1] for i, j in product(range(high), range(wide))
     ]
     largest = functools.reduce(torch.maximum, places)
+
+    def is_largest(place: Tensor) -> Tensor:
+        return (place == largest) | (place != place)  # undefined numbers are
+
     # Numbers and no masks, which are written slowly if they are too many operations.
-    gradient = torch.where(x < largest, 0.0, pooled)
+    gradient = torch.where(is_largest(x), pooled, 0.0)
     number = torch.arange(high * wide).view(high, 1, wide, 1)
-    for before, place in enumerate(places[:-1]):  # the first of equal ones has it
-        has_it = (place == largest) & (number > before)
+    for before, place in enumerate(places[:-1]):  # the first of several has it
+        has_it = is_largest(place) & (number > before)
         gradient = torch.where(has_it, 0.0, gradient)
     return (
         gradient.reshape(n, height, width, channels)

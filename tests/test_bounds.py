@@ -99,6 +99,30 @@ def used(a, b):
     return torch.where(torch.isfinite(product.sum()), product, 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_that_overflows_where_float32_does_not(dtype):
+    a, b = (
+        torch.full((9, 2), 300.0, dtype=dtype),
+        torch.full((2, 8), 300.0, dtype=dtype),
+    )
+    asked = lambda a, b: torch.isfinite((a @ b).sum(dtype=torch.float32))  # noqa: E731
+    graph, changed = rewritten(asked, a, b)
+    assert changed == (dtype is torch.bfloat16)
+    assert graph(a, b) == asked(a, b) == (dtype is torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [(1e39, 1e-10), (1e-50, 1e50), (1e30, 1e30)]
+)
+def test_a_product_in_double_precision_is_looked_at_in_it(left, right):
+    a = torch.full((9, 2), left, dtype=torch.float64)
+    b = torch.full((2, 8), right, dtype=torch.float64)
+    asked = lambda a, b: torch.isfinite((a @ b).float().sum())  # noqa: E731
+    graph, changed = rewritten(asked, a, b)
+    assert changed
+    assert graph(a, b) == asked(a, b) == (left * right < 1e38)
+
+
 NOT_ASKED = {
     "the sum itself": lambda a, b: (a @ b).sum(),
     "the sum too": lambda a, b: (torch.isfinite(s := (a @ b).sum()), s),

@@ -93,6 +93,27 @@ def test_what_is_not_a_number_does_not_disappear():
         assert one.isnan().any() == other.isnan().any()
 
 
+AFTER = {
+    "a linear layer on places": nn.Sequential(nn.Flatten(2), nn.Linear(36, 16)),
+    "a linear layer on rows": nn.Linear(6, 5),
+    "on wide rows": nn.Linear(6, 96),
+    "on two samples at once": nn.Sequential(
+        nn.Flatten(0), nn.Unflatten(0, (2, -1)), nn.Linear(CHANNELS * 72, 3)
+    ),
+    "on parts of a sample": nn.Sequential(
+        nn.Flatten(0), nn.Unflatten(0, (8, -1)), nn.Linear(CHANNELS * 18, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("after", AFTER.values(), ids=AFTER)
+def test_a_linear_layer_need_not_take_a_sample(after):
+    x = torch.randn(4, 2, SIZE, SIZE)
+    plain, ours, params = traced(model(nn.MaxPool2d(2), after), x)
+    assert scatters(ours) == 0
+    assert_same(plain(params, x), ours(params, x))
+
+
 OTHERS = {
     "windows overlap": lambda: model(nn.MaxPool2d(3, stride=1), nn.Identity()),
     "windows apart": lambda: model(nn.MaxPool2d(2, stride=3), nn.Identity()),
@@ -152,6 +173,25 @@ class Unpooled(nn.Module):
             parts = [t.flatten(2).flatten(0, 1) for t in (start, places, pooled)]
             return parts[0].scatter_add(1, *parts[1:])
         return start.flatten(2).scatter_add(2, places.flatten(2), pooled.flatten(2))
+
+
+def test_one_place_has_it_if_numbers_are_undefined():
+    def unpooled(x, weight):
+        x = nn.functional.conv2d(x, weight)
+        x = torch.where(x > 0.5, float("nan"), x)
+        pooled, places = nn.functional.max_pool2d(x, 2, return_indices=True)
+        places, pooled = (t.flatten(2).flatten(0, 1) for t in (places, pooled))
+        start = torch.zeros(len(places), SIZE * SIZE)
+        return start.scatter_add(1, places, pooled.nan_to_num(1.0))
+
+    torch.manual_seed(0)
+    args = torch.randn(2, 2, SIZE, SIZE), torch.randn(16, 2, 1, 1)
+    graph = make_fx(unpooled, select_decomp_table(), tracing_mode="fake")(*args)
+    expected = graph(*args)
+    Pooling()(graph.graph)
+    graph.recompile()
+    assert scatters(graph) == 0
+    torch.testing.assert_close(graph(*args).sum(1), expected.sum(1))
 
 
 @pytest.mark.parametrize("base", [0.0, 1.0, None])
