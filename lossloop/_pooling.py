@@ -47,11 +47,10 @@ class Pooling(CustomGraphPass):
                 continue
             x, window = found
             gradient = _without_views(scatter.args[3])
-            samples, size = x.meta["val"].shape[0], scatter.args[3].meta["val"].numel()
             if (
                 gradient.target is aten.mm.default
                 and len(gradient.users) == 1
-                and gradient.meta["val"].shape == (samples, size // samples)
+                and len(gradient.meta["val"]) == len(x.meta["val"])
             ):
                 function = partial(_after_linear, window=window)
                 args = x, *gradient.args

@@ -81,6 +81,13 @@ def test_it_is_the_same_gradient(window, after, values):
     assert_same(plain(params, x), ours(params, x))
 
 
+@pytest.mark.parametrize("samples", [0, 1])
+def test_hardly_any_samples(samples):
+    x = torch.randn(samples, 2, SIZE, SIZE)
+    plain, ours, params = traced(model(nn.MaxPool2d(2), afters(2)["linear"]), x)
+    assert_same(plain(params, x), ours(params, x))
+
+
 def test_what_is_not_a_number_does_not_disappear():
     module = model(nn.MaxPool2d(2), afters(2)["linear"])
     x = torch.randn(3, 2, SIZE, SIZE)
