@@ -85,12 +85,14 @@ def _is_larger_than_sides(product: Node) -> bool:
 def _asks_finite(total: Node) -> bool:
     """Whether `isfinite` is all that is asked of a sum, or of what it is added to."""
     users = list(total.users)
-    if len(users) == 1:
-        added = users[0].target in (
-            aten.add.Tensor,
-            prims.convert_element_type.default,
-        )
-        return added and not users[0].kwargs and _asks_finite(users[0])
+    while len(users) == 1 and users[0].target in (
+        aten.add.Tensor,
+        prims.convert_element_type.default,
+    ):
+        if users[0].kwargs:
+            return False
+        total = users[0]
+        users = list(total.users)
     by_target = {user.target: user for user in users}
     if len(users) != 2 or by_target.keys() != {aten.eq.Tensor, aten.abs.default}:
         return False

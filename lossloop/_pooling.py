@@ -1,9 +1,8 @@
 """The gradient of max pooling on a CPU, where windows do not overlap."""
 
-import functools
 import math
 import operator
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 from typing import Any
 
@@ -66,10 +65,9 @@ class Pooling(CustomGraphPass):
         return get_hash_for_files((__file__, _inlined.__file__))
 
 
-def _pooling_of(scatter: Node) -> tuple[Node, tuple[int, int]] | None:
+def _pooling_of(scatter: Any) -> tuple[Node, tuple[int, int]] | None:
     """What is pooled, and its windows; None if they are none of ours."""
-    added: Any = scatter.args
-    start, dim, index, source = added
+    start, dim, index, source = scatter.args
     indices = _without_views(index)
     if str(indices.target) != _INDICES:
         return None
@@ -134,7 +132,7 @@ def _by_channels(x: Tensor, pooled: Tensor, window: tuple[int, int]) -> Tensor:
     places = [
         x[:, :, i : i + 1, :, j : j + 1] for i, j in product(range(high), range(wide))
     ]
-    largest = functools.reduce(torch.maximum, places)
+    largest = reduce(torch.maximum, places)
 
     def is_largest(place: Tensor) -> Tensor:
         return (place == largest) | (place != place)  # undefined numbers are

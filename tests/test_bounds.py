@@ -144,6 +144,13 @@ def test_other_questions_are_left_alone(asked):
     assert not rewritten(asked, a, b)[1]
 
 
+def test_a_sum_over_more_gradients_than_calls_may_be_nested():
+    def asked(a, b):
+        return torch.isfinite(grand_total(a.sum(), [a @ b, *[b] * 1100]))
+
+    assert rewritten(asked, *batches((9, 2), (2, 8)))[1]
+
+
 def test_sides_that_are_larger_do_not_wait():
     assert rewritten(used, *batches((9, 2), (2, 8)))[1]
     assert not rewritten(used, *batches((9, 20), (20, 8)))[1]
