@@ -365,8 +365,9 @@ class Checkpoints:
         """
         self.wait()
         packed = _Packed(run, copy=True)
-        self._pending = _Background()
-        self._pending.start(partial(self._commit, run.epoch, run.batch, packed))
+        commit = partial(self._commit, run.epoch, run.batch, packed)
+        self._pending = _Background(commit)
+        self._pending.start()
 
     def wait(self) -> None:
         """Waits until everything is written.
@@ -423,17 +424,18 @@ class _Background:
         error: What it raised.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[[], object]) -> None:
         self.error: BaseException | None = None
+        self._function = function
         self._over = True
         self._lock = allocate_lock()  # until it is over
         self._lock.acquire()
 
-    def start(self, function: Callable[[], object]) -> None:
+    def start(self) -> None:
         """Begins."""
         self._over = False
         try:
-            start_new_thread(self._run, (function,))
+            start_new_thread(self._run, ())
         except RuntimeError:  # there can be no more threads
             self._over = True
             raise
@@ -443,12 +445,16 @@ class _Background:
         while not self._over:
             self._lock.acquire()
 
-    def _run(self, function: Callable[[], object]) -> None:
+    def _run(self) -> None:
         try:
-            function()
+            self._function()
         except BaseException as error:
             self.error = error
         finally:
+            # What it holds is let go of here. Afterwards the process may end at any
+            # time, and a thread that is freeing tensors then aborts it: torch waits
+            # for Python's lock in C++, which no thread may be ended in.
+            del self._function
             self._over = True
             self._lock.release()
 

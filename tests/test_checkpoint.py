@@ -12,7 +12,9 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections import Counter, OrderedDict, namedtuple
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -855,6 +857,29 @@ def test_an_interrupted_wait_does_not_give_up_what_is_written(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt), checkpoints.lock():
         checkpoints.save_soon(run_at(1)) or checkpoints.wait()
     assert names(tmp_path) == [file_name(1)]
+
+
+def test_nothing_is_left_to_free_when_the_background_is_over():
+    """Tensors that a thread frees while the process ends abort it, from C++."""
+
+    class Spy:
+        def acquire(self):
+            assert released.wait(60)
+
+        def release(self):
+            held.append(alive())
+            released.set()
+
+    held, released = [], threading.Event()
+    tensor = torch.ones(2)
+    alive = weakref.ref(tensor)
+    background = _checkpoint._Background(partial(torch.numel, tensor))
+    background._lock = Spy()
+    del tensor
+    background.start()
+    background.wait()
+    assert released.wait(60)
+    assert held == [None]
 
 
 def test_an_error_in_the_background_surfaces(tmp_path):
