@@ -21,6 +21,7 @@ from lossloop._gate import (
     seen_finite,
     start_gate,
 )
+from lossloop._malloc import keep_freed
 from lossloop._model import device_of
 from lossloop._objective import (
     NOTHING_TRAINABLE,
@@ -300,6 +301,8 @@ def init(
     step, seeds = (torch.tensor(n, dtype=torch.int64) for n in (made, seed))
     average = () if ema is None else start_ema(ema, {name: start[name] for name in own})
     device = device_of(start)
+    if device.type == "cpu":
+        keep_freed()
     scale = loss_scale(device=device) if precision == "fp16" else ()
     gate = ()
     if skip_nonfinite is not None:
