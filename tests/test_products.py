@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,32 @@ def test_a_product_repeats_itself_and_leaves_its_sides_alone():
     assert all(OURS(a, b).equal(first) for _ in range(5))
     assert a.equal(copies[0])
     assert b.equal(copies[1])
+
+
+def pages_at(address):
+    """What the system says of the memory there: the flags of its pages."""
+    inside, flags = False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    return flags
+
+
+@pytest.mark.slow
+@needs_kernel
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="of Linux"
+)
+def test_a_large_result_is_asked_for_in_large_pages():
+    side = torch.ones(4096, 1)
+    result = OURS(side, side.T)  # 67 MB
+    assert result.equal(torch.ones_like(result))
+    # Advised is what lies in large pages as a whole.
+    for place in (2**21, result.nbytes // 2, result.nbytes - 2**21 - 1):
+        assert "hg" in pages_at(result.data_ptr() + place)
+    assert "hg" not in pages_at(OURS(side[:1024], side.T).data_ptr() + 2**21)
 
 
 @pytest.mark.slow
