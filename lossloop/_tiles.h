@@ -63,11 +63,13 @@ inline bool available() {
 // All eight tiles at full size, as long as it lives.
 struct Configuration {
   Configuration() {
-    struct alignas(64) {
+    struct Sizes {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } all;
+    };
+    // Not on the stack: g++ knows of the first 8 bytes alone that they are read.
+    alignas(64) static constexpr Sizes all;
     _tile_loadconfig(&all);
   }
   ~Configuration() { _tile_release(); }
@@ -167,41 +169,61 @@ inline void pack(
   }
 }
 
-// Adds to tile c the six products of tiles 2 to 4, the parts of the left side, with those
-// of the right side, the smaller first. Numbers of tiles have to be written as such.
-#define LOSSLOOP_ADD_SIX(c, right)        \
-  _tile_loadd(5, right, NEXT);            \
-  _tile_loadd(6, right + TILE, NEXT);     \
-  _tile_loadd(7, right + 2 * TILE, NEXT); \
-  _tile_dpbf16ps(c, 4, 5);                \
-  _tile_dpbf16ps(c, 3, 6);                \
-  _tile_dpbf16ps(c, 2, 7);                \
-  _tile_dpbf16ps(c, 3, 5);                \
-  _tile_dpbf16ps(c, 2, 6);                \
-  _tile_dpbf16ps(c, 2, 5);
-
-// Adds the product of a strip of the left side and two of the right, or begins with it.
+// Adds the product of one or two strips of the left side and two of the right, or begins
+// with it. A product of tiles takes 16 cycles and its sum is there after 52, so it needs
+// four sums to be busy all the time; and each tile is used twice when it is loaded.
+template <bool TWO>
 inline void multiply(
     const Number* left, const Number* right, Int second, Int depth, float* c, Int next,
     bool add) {
-  constexpr Int COLUMNS = LINES;
   Int row = next * sizeof(float);
+  float* below = c + LINES * next;
+  // Numbers of tiles have to be written as such: 0 to 3 are sums, 4 and 5 of the left
+  // side, 6 and 7 of the right.
   if (add) {
     _tile_loadd(0, c, row);
-    _tile_loadd(1, c + COLUMNS, row);
+    _tile_loadd(1, c + LINES, row);
+    if constexpr (TWO) {
+      _tile_loadd(2, below, row);
+      _tile_loadd(3, below + LINES, row);
+    }
   } else {
     _tile_zero(0);
     _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
+  auto load_left = [&](Int part) {
+    _tile_loadd(4, left + part * TILE, NEXT);
+    if constexpr (TWO) _tile_loadd(5, left + second + part * TILE, NEXT);
+  };
+  auto load_right = [&](Int part) {
+    _tile_loadd(6, right + part * TILE, NEXT);
+    _tile_loadd(7, right + second + part * TILE, NEXT);
+  };
+  auto add_products = [] {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (TWO) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  };
   for (Int k = 0; k < depth; k += STEP, left += PARTS * TILE, right += PARTS * TILE) {
-    _tile_loadd(2, left, NEXT);
-    _tile_loadd(3, left + TILE, NEXT);
-    _tile_loadd(4, left + 2 * TILE, NEXT);
-    LOSSLOOP_ADD_SIX(0, right)
-    LOSSLOOP_ADD_SIX(1, right + second)
+    // The six products, so that from one to the next only one side is loaded.
+    load_left(1), load_right(1), add_products();
+    load_right(0), add_products();
+    load_left(2), add_products();
+    load_left(0), add_products();
+    load_right(1), add_products();
+    load_right(2), add_products();
   }
   _tile_stored(0, c, row);
-  _tile_stored(1, c + COLUMNS, row);
+  _tile_stored(1, c + LINES, row);
+  if constexpr (TWO) {
+    _tile_stored(2, below, row);
+    _tile_stored(3, below + LINES, row);
+  }
 }
 
 // Room for so many numbers, at the beginning of a cache line.
@@ -216,7 +238,7 @@ inline Number* room(std::vector<Number>& memory, Int numbers) {
 inline bool product(Int m, Int n, Int depth, Matrix a, Matrix b, float* c, Int next) {
   if ((a.down != 1 && a.right != 1) || (b.down != 1 && b.right != 1)) return false;
   static thread_local std::vector<Number> left_memory, right_memory;
-  constexpr Int ROWS = LINES, COLUMNS = 2 * LINES;  // that are multiplied at once
+  constexpr Int ROWS = 2 * LINES, COLUMNS = 2 * LINES;  // that are multiplied at once
   alignas(64) float edge[ROWS * COLUMNS];
   Configuration configuration;
   __m512 undefined = _mm512_setzero_ps();
@@ -243,7 +265,7 @@ inline bool product(Int m, Int n, Int depth, Matrix a, Matrix b, float* c, Int n
             if (!whole && k > 0)
               for (Int r = 0; r < down; r++)
                 std::copy_n(to + r * next, across, edge + r * COLUMNS);
-            multiply(
+            (down > LINES ? multiply<true> : multiply<false>)(
                 left + i * line, right + j * line, LINES * line, deep,
                 whole ? to : edge, whole ? next : COLUMNS, k > 0);
             if (!whole)
