@@ -1,8 +1,10 @@
-"""What `fit` costs around its steps: an epoch of it against the same fold by itself.
+"""What `fit` costs around its steps: progress, history, weights written back.
 
-On the smallest work, the MLP of 128 units, where it shows most. Both make the same
-steps, compiled and folded, on the same data in the same order, by turns; the losses are
-compared first.
+On the smallest work, the MLP of 128 units, where it shows most. What anybody has to do
+for an epoch, a fold by itself included, is to begin a pass over the loader, to make the
+steps and to read the mean; the time of an epoch that is spent elsewhere is around them.
+So both are of the same epochs of the same run, and the medians count. The losses are
+compared with those of a fold by itself.
 
     taskset -c 0 python benchmarks/fit_overhead.py
 """
@@ -10,62 +12,103 @@ compared first.
 import contextlib
 import io
 import itertools
-import math
+import statistics
 import sys
 from time import perf_counter
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 import lossloop as ll
+from lossloop import _fit
 from lossloop._machine import machine
+from lossloop._mean import Mean
+from lossloop._scan import CompiledFold
 from lossloop._works import Work, works
 
 EPOCHS, ROUNDS, PROMISED = 60, 9, 0.03
+WARMING_UP = 5  # epochs
 
 
 def main() -> None:
     """Measures, prints, checks."""
     torch.set_num_threads(1)
     work = works()["MLP 128"]
-    folded(work)  # fills the compiler's cache
+    losses = folded(work)
     print(machine())
     print(f"{work.steps} steps an epoch, {EPOCHS} epochs, {ROUNDS} rounds")
+    worst = 0.0
     for name, progress in (("without a bar", False), ("with a bar", True)):
-        by_fold, by_fit = math.inf, math.inf
+        around, steps = [], []
         for _ in range(ROUNDS):
-            seconds, losses = folded(work)
-            by_fold = min(by_fold, seconds)
-            seconds, own = fitted(work, progress=progress)
-            by_fit = min(by_fit, seconds)
+            epochs, inside, own = fitted(work, progress=progress)
             assert own == losses, "the losses differ"
-        overhead = by_fit / by_fold - 1
-        print(f"{name:14} {by_fit * 1e6:6.0f} us an epoch, {overhead:+.1%} of the fold")
+            around += [all_ - part for all_, part in zip(epochs, inside, strict=True)]
+            steps += inside
+        each, of = statistics.median(around), statistics.median(steps)
+        worst = max(worst, each / of)
+        print(f"{name:14} {each * 1e6:4.0f} us around {of * 1e6:5.0f}, {each / of:.1%}")
     print(f"at most {PROMISED:.0%} promised")
-    sys.exit(overhead > PROMISED)
+    sys.exit(worst > PROMISED)
 
 
-def folded(work: Work) -> tuple[float, list[float]]:
-    """Seconds of the fastest epoch, and the losses."""
+def folded(work: Work) -> list[float]:
+    """The mean loss of each epoch."""
     goal = ll.supervised(work.model(), nn.CrossEntropyLoss())
     adam = ll.optim.Adam(lr=work.rate)
     params, opt_state = ll.init(goal, adam)
     fold = ll.compile_fold(ll.make_step(goal, adam))
     loader = work.loader()
-    seconds: list[float] = []
     losses: list[float] = []
     for _ in range(EPOCHS):
-        start = perf_counter()
         params, opt_state, mean = fold(params, opt_state, loader)
         losses.append(mean.value())
-        seconds.append(perf_counter() - start)
-    return min(seconds[2:]), losses
+    return losses
 
 
-def fitted(work: Work, *, progress: bool) -> tuple[float, list[float]]:
-    """Fewest seconds from the end of an epoch to that of the next, and the losses."""
-    model, ends = work.model(), []
+class Clock:
+    """Adds up the time that is spent in some functions and not in others."""
+
+    def __init__(self) -> None:
+        """At 0."""
+        self.seconds = 0.0
+
+    def counting(self, function: Any, sign: int = 1) -> Any:
+        """The function, whose time counts; with a sign of -1, that of a part not."""
+
+        def counted(*args: Any, **options: Any) -> Any:
+            start = perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self.seconds += sign * (perf_counter() - start)
+
+        return counted
+
+
+def fitted(
+    work: Work, *, progress: bool
+) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of each epoch, those of them for what has to be done, and the losses.
+
+    From its first step to that of the next; the first few are in the losses alone.
+    """
+    model, clock = work.model(), Clock()
+    starts, inside = list[float](), list[float]()
+    steps = CompiledFold.__call__
+
+    def counted(self: CompiledFold, *args: Any, on_step: Any, **options: Any) -> Any:
+        starts.append(perf_counter())
+        inside.append(clock.seconds)
+        between = clock.counting(on_step, -1)
+        return clock.counting(steps)(self, *args, on_step=between, **options)
+
     with (
+        patch.object(CompiledFold, "__call__", counted),
+        patch.object(_fit, "read", clock.counting(_fit.read)),
+        patch.object(Mean, "value_and_weight", clock.counting(Mean.value_and_weight)),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
     ):
@@ -77,10 +120,12 @@ def fitted(work: Work, *, progress: bool) -> tuple[float, list[float]]:
             epochs=EPOCHS,
             compile=True,
             progress=progress,
-            on_epoch=lambda record: ends.append(perf_counter()),
         )
-    seconds = [after - before for before, after in itertools.pairwise(ends)]
-    return min(seconds[1:]), result.history["train_loss"]
+    epochs, parts = (
+        [after - before for before, after in itertools.pairwise(times[WARMING_UP:])]
+        for times in (starts, inside)
+    )
+    return epochs, parts, result.history["train_loss"]
 
 
 if __name__ == "__main__":

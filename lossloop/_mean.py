@@ -84,8 +84,11 @@ class Mean(NamedTuple):
     def read(self) -> tuple[float, float]:
         """`(total, weight)` as Python numbers, in one transfer from the device."""
         parts = (self.total, self.weight, *(self.low or ()))
-        dtype = accumulator_dtype(self.total.device)
-        total, weight, *low = torch.stack([part.to(dtype) for part in parts]).tolist()
+        if self.total.device.type == "cpu":
+            total, weight, *low = [part.item() for part in parts]
+        else:
+            dtype = accumulator_dtype(self.total.device)
+            total, weight, *low = torch.stack([p.to(dtype) for p in parts]).tolist()
         if low:
             return total + low[0], weight + low[1]
         return total, weight if self.weight.is_floating_point() else int(weight)

@@ -36,7 +36,7 @@ class Progress:
     def begin(self, epoch: int, step: Tensor) -> None:
         """Starts the bar of an epoch, before which so many steps were made."""
         self._before = int(step)
-        if self._shown:
+        if self._shown and self._bar is None:
             self._bar = tqdm(
                 total=self._batches,
                 desc=f"Epoch {epoch}/{self._epochs}",
@@ -86,8 +86,8 @@ class Progress:
             tqdm.write(sentence)
 
     def close(self) -> None:
-        """Removes the bar, on every way out."""
-        if self._bar is not None:
+        """Removes the bar, on every way out; one that is not shown serves again."""
+        if self._bar is not None and not self._bar.disable:
             self._bar.close()
             self._bar = None
 
