@@ -15,7 +15,8 @@ import lossloop.testing
 HOME = Path(ll.__file__).parent
 # A module may import from floors below its own only.
 FLOORS = [
-    {"_types", "schedules", "_plot", "_diagnosis", "_files", "_interruption"},
+    {"_types", "schedules", "_plot", "_diagnosis", "_files", "_interruption"}
+    | {"_malloc"},
     {"_mean", "_random", "_model", "_history", "_loss_checks", "_ctc", "_formulas"}
     | {"_memory", "_works", "_machine", "_ema", "_gate"},
     {"_run"},

@@ -110,5 +110,12 @@ def test_reading_is_one_transfer(monkeypatch):
     original = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda t: reads.append(1) or original(t))
     monkeypatch.setattr(Tensor, "item", None)
-    fold([(1, 1), (2, 2)]).value_and_weight()
+
+    class Elsewhere(Tensor):
+        device = torch.device("cuda")
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+    mean = fold([(1, 1), (2, 2)])
+    mean = Mean(mean.total.as_subclass(Elsewhere), mean.weight.as_subclass(Elsewhere))
+    assert mean.value_and_weight() == (1, 3)
     assert len(reads) == 1
