@@ -393,6 +393,6 @@ def test_any_order_of_events():
     run_state_machine_as_test(
         Runs,
         settings=settings(
-            max_examples=2000 if LONG else 200, stateful_step_count=50, deadline=None
+            max_examples=2000 if LONG else 100, stateful_step_count=50, deadline=None
         ),
     )
