@@ -453,7 +453,7 @@ class _Background:
         finally:
             # What it holds is let go of here. Afterwards the process may end at any
             # time, and a thread that is freeing tensors then aborts it: torch waits
-            # for Python's lock in C++, which no thread may be ended in.
+            # for Python's lock in C++, where no thread may be ended.
             del self._function
             self._over = True
             self._lock.release()

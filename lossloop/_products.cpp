@@ -87,8 +87,8 @@ void product(Int m, Int n, Int depth, Matrix a, Matrix b, float* c, Int next) {
 }
 
 // Asks for large pages, before any is touched. malloc maps what is as large as this anew
-// each time, and a gradient of 67 MB waits for 16,000 small pages as long as for half of
-// its product. (What is smaller stays mapped: _malloc.py.)
+// each time, and a gradient of 67 MB waited 20 ms for its 16,000 small pages. (What is
+// smaller stays mapped: _malloc.py.)
 void in_large_pages(void* data, size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t LEAST_BYTES = 1 << 25, PAGE = 1 << 21;

@@ -31,10 +31,11 @@ print(json.dumps(found))
 )
 @pytest.mark.parametrize("own", [None, "131072"])
 def test_memory_stays_mapped_from_step_to_step(own, monkeypatch):
-    for name in ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE"):
+    for name in (
+        *("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE"),
+        *("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"),
+    ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     if own:  # a threshold of the user's stays
         monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", own)
     command = [sys.executable, "-c", CHILD]

@@ -217,7 +217,7 @@ SCHEDULES = {
 
 
 @pytest.mark.filterwarnings("ignore:.*samples act on each other")
-@settings(max_examples=1000 if LONG else 50, deadline=None)
+@settings(max_examples=1000 if LONG else 100, deadline=None)
 @given(data=st.data())
 def test_interrupted_again_and_again(data, tmp_path_factory):
     """T7: twice in one epoch, at its ends, at one place twice, before the first save.
@@ -337,6 +337,7 @@ def test_in_fresh_processes(kind, tmp_path):
         return json.loads(done.stdout.splitlines()[-1])
 
     straight = child("straight", None)
+    child("other", 4)
     child("other", 11)
     assert child("other", None) == straight
     if kind == "eager":

@@ -160,8 +160,11 @@ class Runs(RuleBasedStateMachine):
         self.patch.setattr(_files, "_TOKEN", secrets.token_hex(4))
         self.disk = Disk(most=1500)
         self.checkpoints = Checkpoints(self.directory, self.disk, KEEP)
+        before = {*self.names()}
         self.process.enter_context(self.checkpoints.lock())
-        self.damaged &= {*self.names()}  # it deletes those that are too many
+        for name in before - {*self.names()}:  # it deletes those that are too many
+            assert sum(newer > name for newer in self.whole()) >= KEEP
+        self.damaged &= {*self.names()}
         if not self.whole() and self.names():
             with self.skipping(), pytest.raises(ll.CheckpointCorrupt):
                 self.checkpoints.newest()
@@ -393,6 +396,6 @@ def test_any_order_of_events():
     run_state_machine_as_test(
         Runs,
         settings=settings(
-            max_examples=2000 if LONG else 100, stateful_step_count=50, deadline=None
+            max_examples=2000 if LONG else 200, stateful_step_count=50, deadline=None
         ),
     )
