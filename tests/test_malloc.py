@@ -40,9 +40,9 @@ def test_memory_stays_mapped_from_step_to_step(own, monkeypatch):
         monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", own)
     command = [sys.executable, "-c", CHILD]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    *before, _, after = json.loads(done.stdout)
+    # The second, without `init`, goes by what lies at the end of the heap.
+    first, _, _, after = json.loads(done.stdout)
     pages = 4 * 30 * 2**22 / 4096
-    if before[0] < pages / 2:
+    if first < pages / 2:
         pytest.skip("the system maps larger pages")
-    assert before[1] > pages / 2
     assert after > pages / 2 if own else after < pages / 20
