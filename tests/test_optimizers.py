@@ -706,6 +706,45 @@ def test_muon_refuses_what_is_not_a_matrix():
         lossloop.optim.Muon().init({"bias": torch.ones(5)})
 
 
+def at_rest(case, dtype, size):
+    """The moments after a step without a gradient, if they were all so large before."""
+    optimizer = as_optimizer(functools.partial(case[0], **case[1]))
+    params = {"p": torch.zeros(4, 3, dtype=dtype)}
+    slots = tree_map(
+        lambda t: torch.full_like(t, size) if t.ndim else t, optimizer.init(params)
+    )
+    _, slots = optimizer.update(tree_map(torch.zeros_like, params), slots, params)
+    return [t for t in tree_leaves(slots) if t.ndim]
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_moments_never_decay_into_subnormal_numbers(case, dtype):
+    smallest = torch.finfo(dtype).tiny
+    for moment in at_rest(case, dtype, 1.01 * smallest):
+        assert ((moment == 0) | (moment.abs() >= smallest)).all()
+        assert moment.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 1e-6), (torch.float32, 1e-37), (torch.float64, 1e-307)],
+)
+def test_moments_above_them_decay_as_they_should(dtype, size):
+    average, square = at_rest((O.Adam, {}), dtype, size)
+    for moment, share in ((average, 0.9), (square, 0.999)):
+        wanted = torch.full((4, 3), size, dtype=dtype) * share
+        torch.testing.assert_close(moment, wanted, rtol=1e-2, atol=0.0)
+
+
+def test_infinite_and_undefined_moments_stay_so():
+    for size in (math.inf, -math.inf, math.nan):
+        (buffer,) = at_rest((O.SGD, {"lr": 0.1, "momentum": 0.9}), torch.float32, size)
+        torch.testing.assert_close(
+            buffer, torch.full_like(buffer, size), equal_nan=True
+        )
+
+
 @pytest.mark.parametrize("given", [None, 0.1, "Adam", nn.Linear, dict, print])
 def test_what_is_no_optimizer_is_refused(given):
     with pytest.raises(
