@@ -38,7 +38,7 @@ constexpr Int SIDE = 128;          // of a block of the result
 constexpr Int DEPTH = 512;         // that is summed in one go: 256 KB of each side
 constexpr Int HEIGHT = 8 * SIDE;   // of the left side that is transposed at a time
 constexpr Int NEAR = 256;          // rows so close together are read in place
-constexpr double LEAST = 1 << 17;  // multiplications that are worth a thread
+constexpr double LEAST = 1 << 20;  // multiplications that are worth a thread
 // Between the rows of a copy. What lies a power of 2 apart falls into the same few
 // places of the cache, and transposing took three times as long.
 constexpr Int GAP = 16;

@@ -38,6 +38,10 @@ from lossloop._types import Batch, Carry, OptState, Params, StepFn
 # and the progress bar wait.
 LENGTH = 32
 
+# Numbers that a thread takes of a loop in a folded step, at least. Sharing what is less
+# among threads takes longer than computing it, which Inductor does from 512 on.
+LEAST_OF_A_THREAD = 8192
+
 # Earlier versions cannot compile a loop so.
 _CALLS_IN_CPP = TorchVersion(torch.__version__) >= "2.13"
 
@@ -362,18 +366,23 @@ class CompiledFold:
         if function is None:
             raise CannotScanError("its gate has to see each step")
         if plan is None:
-            return Scan(function, args, self._backend, watches=watches)
+            return Scan(function, args, self._backend_on(device), watches=watches)
         shape = batch_shape(args[-1])
         # What is left of a pass that is resumed may begin with its odd last batch.
         if not plan.is_first(shape) or not plan.worth(shape, args):
             return None
         if not plan.worth_folding(shape, args):
             raise CannotScanError("a call is no cost beside such a step")
-        backend = self._backend
-        fast = plan.worth_fast_calls() and _CALLS_IN_CPP and device.type == "cpu"
-        if backend == "inductor" and fast:
-            backend = partial(inductor, cpp_wrapper=True)
-        return Scan(function, args, backend, plan.compiling, watches=watches)
+        return Scan(
+            function, args, self._backend_on(device), plan.compiling, watches=watches
+        )
+
+    def _backend_on(self, device: torch.device) -> str | Callable[..., Any]:
+        if self._backend != "inductor" or not loops(device):
+            return self._backend
+        fast = self._plan is not None and self._plan.worth_fast_calls()
+        options: dict[str, Any] = {"cpp.min_chunk_size": LEAST_OF_A_THREAD}
+        return partial(inductor, cpp_wrapper=fast and _CALLS_IN_CPP, **options)
 
     def _several(
         self,

@@ -295,7 +295,7 @@ def test_another_number_of_threads_or_processor_is_measured_anew(machine, monkey
 
 
 def test_a_little_faster_is_not_enough(machine):
-    machine["ratios"].update(narrow=1.09, large=1.11)
+    machine["ratios"].update(narrow=1.04, large=1.06)
     assert ours() == ("large",)
 
 
