@@ -1,5 +1,6 @@
 """The progress bar and the line per epoch."""
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from time import monotonic
@@ -78,7 +79,11 @@ class Progress:
         """Ends the bar and prints the epoch's line."""
         if self._bar is not None:
             self.close()
-            tqdm.write(describe(row, self._epochs))
+            line = describe(row, self._epochs)
+            if getattr(tqdm, "_instances", True):
+                tqdm.write(line)
+            else:  # making room among bars takes longer than printing
+                sys.stdout.write(f"{line}\n")
 
     def say(self, sentence: str) -> None:
         """Prints the last line of a run."""
