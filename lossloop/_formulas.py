@@ -71,9 +71,9 @@ def _mix(old: Tensor, keep: Tensor, new: Tensor, share: Tensor) -> Tensor:
 
 def _normal(moment: Tensor) -> Tensor:
     # Where gradients stay zero (a dead ReLU, a word that does not come up) a moment
-    # decays into subnormal numbers, which take a processor a hundred times as long: the
-    # whole step of a small MLP half as long again, from its 600th on. Zero instead
-    # moves no weight by more than 1e-18 of the rate.
+    # decays into subnormal numbers, with which processors are so slow that the whole
+    # step of a small MLP took half as long again, from its 640th on. Zero instead moves
+    # no weight by more than 1e-18 of the rate.
     return hardshrink(moment, torch.finfo(moment.dtype).tiny)
 
 

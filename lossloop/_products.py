@@ -235,9 +235,8 @@ def _ones(*sizes: int) -> Tensor:
 def _times_as_fast(a: Tensor, b: Tensor) -> float:
     """The two in turn, so that what disturbs one disturbs the other, and the best.
 
-    As in a step, its sides were just written and its result is read, by this thread if
-    they are small: another that helps has to fetch the one from this one's cache, and
-    leave the other for it to fetch.
+    As in a step, the sides were just written and the result is read, by this thread if
+    they are small: what another thread computes of it has to go from cache to cache.
     """
     rivals = (torch.bmm if a.ndim == 3 else torch.mm, torch.ops.lossloop.mm.default)
     best = [math.inf, math.inf]

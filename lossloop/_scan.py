@@ -38,8 +38,8 @@ from lossloop._types import Batch, Carry, OptState, Params, StepFn
 # and the progress bar wait.
 LENGTH = 32
 
-# Numbers that a thread takes of a loop in a folded step, at least. Sharing what is less
-# among threads takes longer than computing it, which Inductor does from 512 on.
+# Numbers that a thread takes of a loop in a folded step, at least; Inductor's own least
+# is 512. Sharing so few among threads takes longer than computing them.
 LEAST_OF_A_THREAD = 8192
 
 # Earlier versions cannot compile a loop so.
@@ -381,8 +381,11 @@ class CompiledFold:
         if self._backend != "inductor" or not loops(device):
             return self._backend
         fast = self._plan is not None and self._plan.worth_fast_calls()
-        options: dict[str, Any] = {"cpp.min_chunk_size": LEAST_OF_A_THREAD}
-        return partial(inductor, cpp_wrapper=fast and _CALLS_IN_CPP, **options)
+        options: dict[str, Any] = {
+            "cpp_wrapper": fast and _CALLS_IN_CPP,
+            "cpp.min_chunk_size": LEAST_OF_A_THREAD,
+        }
+        return partial(inductor, **options)
 
     def _several(
         self,

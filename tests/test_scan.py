@@ -322,7 +322,8 @@ def test_only_a_long_run_calls_its_kernels_from_cpp(monkeypatch, epochs, in_cpp)
     monkeypatch.setattr(_scan, "_CALLS_IN_CPP", True)
     result = trained(epochs=epochs, on_epoch=lambda record: "stop")
     assert result.compiled.folded
-    assert seen[0]["cpp_wrapper"] is in_cpp
+    least = {"cpp.min_chunk_size": _scan.LEAST_OF_A_THREAD}
+    assert seen[0] == {"cpp_wrapper": in_cpp, **least}
 
 
 @pytest.mark.usefixtures("quick")
