@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from lossloop._baseline import data_facts
@@ -38,7 +38,7 @@ from lossloop._coupling import (
     coupled_samples,
 )
 from lossloop._diagnosis import ENOUGH, diagnose
-from lossloop._fold import EndPass, fold, fold_metrics
+from lossloop._fold import EndPass, fold_metrics
 from lossloop._gate import (
     NonFiniteError,
     gate_of,
@@ -53,7 +53,7 @@ from lossloop._mean import Mean
 from lossloop._memory import (
     Indexed,
     copied_once,
-    draws_torch_alone,
+    gives_again,
     in_memory,
     read,
 )
@@ -104,7 +104,7 @@ class StepRecord(NamedTuple):
 
     epoch: int
     mean: Mean  # of the epoch so far; `mean.value()` reads the device
-    params: Params  # after the step; the next one overwrites them: copy to keep
+    params: Params  # after the step; the next may overwrite them: copy to keep
     opt_state: OptState  # likewise; `opt_state.step` is on the CPU
 
 
@@ -112,7 +112,7 @@ class EpochRecord(NamedTuple):
     """What `on_epoch` is handed."""
 
     row: Row  # of the history
-    params: Params  # after the epoch; the next step overwrites them: copy to keep
+    params: Params  # after the epoch; the next step may overwrite them: copy to keep
     opt_state: OptState  # likewise
 
 
@@ -462,13 +462,12 @@ def fit(
         why_not = "on_step is called after every step"
     elif precision == "fp16":
         why_not = "the loss is scaled"
-    noting, heeding = _Noting(step), _Heeding(eval_step, signals)
+    heeding = _Heeding(eval_step, signals)
     # The calls of a compiled fold end where a checkpoint is due.
     size = LENGTH
     if save_every is not None:
         size = -(-save_every // -(-save_every // LENGTH))
-    folding = CompiledFold(noting, plan=plans[0], why_not=why_not, length=size)
-    run_pass = folding if on_step is None else partial(fold, noting)
+    folding = CompiledFold(step, plan=plans[0], why_not=why_not, length=size)
 
     journal = None
     if checkpoint is not None:
@@ -490,7 +489,7 @@ def fit(
             },
         )
 
-    history, best_epoch, best = History(), None, params
+    finished, best_epoch, best = list[Row](), None, params
     best_loss, skipped = float("inf"), 0
     passed = 0  # steps that the gate skipped, when the state was last looked at
     first_step = epoch_step = int(opt_state.step)
@@ -501,12 +500,12 @@ def fit(
         """The run after so many epochs and the batches in `mean`."""
         assert journal is not None
         return Run(
-            noting.params,
+            folding.params,
             opt_state,
             epoch,
             0 if mean is None else int(opt_state.step) - epoch_step,
             mean,
-            history,
+            History(finished),
             None
             if best_epoch is None
             else Best(best_epoch, best_loss, best if restore_best else {}),
@@ -526,7 +525,7 @@ def fit(
 
     def check_state(epoch: int, opt_state: OptState) -> None:
         """Refuses a state that is not finite, though the gradients were."""
-        names = set(names_not_finite((noting.params, opt_state.carry))) - never_finite
+        names = set(names_not_finite((folding.params, opt_state.carry))) - never_finite
         if names:
             gate = gate_of(opt_state)
             # Weights that are not finite let no later step pass.
@@ -543,7 +542,7 @@ def fit(
                 raise EndPass(opt_state)
         opt_state = schedule.after_step(opt_state)
         if on_step is not None:
-            record = StepRecord(epoch, mean, noting.params, opt_state)
+            record = StepRecord(epoch, mean, folding.params, opt_state)
             ended = "on_step" if on_step(record) == "stop" else None
         if max_seconds is not None and perf_counter() - started >= max_seconds:
             ended = ended or "max_seconds"
@@ -564,9 +563,10 @@ def fit(
     begin, rest = 0, dict[str, Any]()
     before_row: Run | None = None  # for an interruption while it validates
     updated = False  # whether load_opt_state has been called
+    shared = False  # whether the optimizer instance holds the moments of the state
     own = model_params(model)
-    # The generators of Python and NumPy take longer to note than all others.
-    torch_alone = journal is None and draws_torch_alone(train)
+    # Then nobody needs to know where the generators were; noting it takes time.
+    gives = journal is None and gives_again(train)
     stack = ExitStack()
     try:
         signals.heed()
@@ -577,6 +577,7 @@ def fit(
             saved = journal.newest(params, opt_state)
             if saved is not None:
                 params, opt_state, done, begin, mean, history, found, _ = saved
+                finished = list(history)
                 rest = dict(saved.rest)
                 opt_state = with_allowance(opt_state, skip_nonfinite)
                 passed = int(gate_of(opt_state).skipped)
@@ -605,7 +606,7 @@ def fit(
                     schedule.finish_epoch()
             else:
                 batches = journal.begin_epoch(batches)
-                noting.params = params
+                folding.params = params
                 journal.begin(written(opt_state, 0), generators)
         made = int(opt_state.step) - first_step
         planned_units = steps_planned if schedule.by == "step" else epochs_planned
@@ -617,7 +618,7 @@ def fit(
         elif max_steps is not None and made >= max_steps and mean is None and done:
             ended = "max_steps"
         shown = {**params, **opt_state.ema.params} if opt_state.ema else params
-        noting.params = params
+        folding.params = params
         stack.callback(bar.close)
         for epoch in range(done + 1, epochs + 1):
             if ended is not None:
@@ -632,22 +633,26 @@ def fit(
                 start -= rest["epoch_seconds"]
                 schedule.begin_epoch(rest["schedule"]["rate"])
             if batches is None:
-                generators = Generators.now(train, torch_alone=torch_alone)
+                if not gives:
+                    generators = Generators.now(train)
                 with reading("train_loader", epoch, 1):
                     batches, begin = read(train), 0
                     if journal is not None:
                         batches = journal.begin_epoch(batches)
+            begun = None if gives else generators
+            if isinstance(batches, Indexed) and batches.ahead:
+                begun = batches
             batches = watch(
                 "train_loader", batches, epoch, begin=begin, planned=per_epoch
             )
             if max_steps is not None:
                 left = max_steps - (int(opt_state.step) - first_step)
                 batches = first(left, batches)
-            params, opt_state, mean = run_pass(
-                params, opt_state, batches, mean=mean, on_step=after_step
+            params, opt_state, mean = folding(
+                params, opt_state, batches, mean=mean, on_step=after_step, keep=shared
             )
-            batches, noting.params = None, params
-            if run_pass is not folding or not folding.seen_finite:
+            batches, folding.params = None, params
+            if not folding.seen_finite:
                 check_state(epoch, opt_state)
             gate = gate_of(opt_state)
             passed = int(gate.skipped)
@@ -655,7 +660,7 @@ def fit(
                 number = int(gate.step)
                 place = number - epoch_step - 1
                 where = _not_finite(
-                    goal, train, generators, place, params, opt_state, precision
+                    goal, train, begun, place, params, opt_state, precision
                 )
                 raise NonFiniteError(epoch, number, where, SKIP_OR_SMALLER)
             shown = {**params, **opt_state.ema.params} if opt_state.ema else params
@@ -686,7 +691,8 @@ def fit(
                 if opt_state.scale:
                     skipped += int(opt_state.scale.skipped)
                 row["skipped"] = skipped - before
-            if epoch % eval_every == 0 or epoch == epochs or ended is not None:
+            due = epoch % eval_every == 0 or epoch == epochs or ended is not None
+            if measured and due:
                 bar.validate()
                 try:
                     for column, prefix, each in measured:
@@ -702,7 +708,7 @@ def fit(
                     if journal is not None and before_row is not None:
                         journal.save(before_row, generators)
                     break
-            history = history.append(row)
+            finished.append(row)
             val_loss = row["val_loss"]
             if (
                 val_loss is not None
@@ -716,7 +722,13 @@ def fit(
                 opt_state, train_loss if val_loss is None else val_loss
             )
             with signals.whole():
-                held = held_moments(optimizer, own, opt_state) if updated else None
+                # The next pass keeps the moments then, and nobody writes into them.
+                shared = updated and folding.returns_new and on_epoch is None
+                held = (
+                    held_moments(optimizer, own, opt_state, share=shared)
+                    if updated
+                    else None
+                )
                 targets, sources = held or ([], [])
                 copy_tensors(
                     [*own.values(), *targets], [params[name] for name in own] + sources
@@ -729,7 +741,7 @@ def fit(
                 plan.end_epoch()
             bar.end(row)
             if on_epoch is not None:
-                if on_epoch(EpochRecord(history[-1], params, opt_state)) == "stop":
+                if on_epoch(EpochRecord(dict(row), params, opt_state)) == "stop":
                     ended = ended or "on_epoch"
                 opt_state = schedule.follow(opt_state)  # it may have changed rates
             if patience is not None and patience.lost(row):
@@ -747,11 +759,14 @@ def fit(
                 generators = Generators.now(train)
                 epoch_step = step_made
                 journal.save(written(opt_state, epoch), generators)
-        validated = any(row["val_loss"] is not None for row in history)
+        validated = any(row["val_loss"] is not None for row in finished)
         no_best = validated and best_epoch is None and ended != "interrupted"
         with signals.whole():
             if instance and (not copied or ended == "interrupted"):
                 load_opt_state(optimizer, model, opt_state, copy=copied)
+            elif shared:
+                carry = pytree.tree_map(torch.clone, opt_state.carry)
+                opt_state = opt_state.after(carry, 0)
             if not no_best:
                 params = best if restore_best and best_epoch is not None else shown
                 load_params(model, params)
@@ -768,7 +783,8 @@ def fit(
             signals.held = True
             signals.restore()
     if no_best:
-        raise NonFiniteError(len(history), int(opt_state.step), ["val_loss"], NO_BEST)
+        raise NonFiniteError(len(finished), int(opt_state.step), ["val_loss"], NO_BEST)
+    history = History(finished)
     if progress and len(history) >= ENOUGH:
         known = all(in_memory(each) for each in (train, val or []))
         facts = data_facts(model, goal, train, val) if known else None
@@ -790,22 +806,6 @@ def fit(
         resume_exact=not inexact,
         resume_reason="; ".join(inexact),
     )
-
-
-class _Noting:
-    """A training step that notes the weights it returned last."""
-
-    def __init__(self, step: TrainStep) -> None:
-        self.body = step.body
-        self._step = step
-        self.params: Params = {}
-
-    def __call__(
-        self, params: Params, opt_state: OptState, batch: Batch
-    ) -> tuple[Params, OptState, Tensor, Tensor]:
-        result = self._step(params, opt_state, batch)
-        self.params = result[0]
-        return result
 
 
 def _products(plans: list[CompilePlan]) -> list[str] | None:
@@ -839,7 +839,7 @@ class _Heeding:
 def _not_finite(
     goal: Objective,
     train: Iterable[Batch],
-    generators: Generators,
+    begun: Indexed | Generators | None,
     place: int,
     params: Params,
     opt_state: OptState,
@@ -849,19 +849,23 @@ def _not_finite(
 
     Args:
         goal: The objective.
-        train: The training data, which are read again.
-        generators: At the start of the epoch.
+        train: The training data, which are read again if need be.
+        begun: The pass, if it gives a batch once more; or the generators at its start;
+            None if neither is known.
         place: Of the batch in the epoch, from 0.
         params: Before the step.
         opt_state: Likewise.
         precision: Of the run.
     """
     unknown = ["loss or gradient"]
-    if is_one_shot(train):
+    if isinstance(begun, Indexed):
+        batch = begun.again(place)
+    elif begun is None or is_one_shot(train):
         return unknown
-    with generators_kept(train):
-        generators.put_back(train)
-        batch = next(after(place, read(train)), None)
+    else:
+        with generators_kept(train):
+            begun.put_back(train)
+            batch = next(after(place, read(train)), None)
     if batch is None:
         return unknown
     batch = to_device(batch, device_of(params))

@@ -1,5 +1,6 @@
 """Data in memory, read by whole batches instead of sample by sample."""
 
+import copy
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -72,6 +73,8 @@ class Indexed(Iterator[Batch]):
         self.tensors = tensors
         self.ahead = ahead
         self._blocks = blocks
+        if ahead:  # or the order would be kept longer than it is needed
+            self._blocks, self._all_blocks = itertools.tee(blocks)
         self._block = torch.empty(0, 0, dtype=torch.int64)
         self._place = 0  # in the block
         self._device = torch.device("cpu")
@@ -125,6 +128,18 @@ class Indexed(Iterator[Batch]):
         """
         self._go_on()
         return self.take(self._block[self._place])
+
+    def again(self, place: int) -> Batch:
+        """A batch that was given before, of a pass whose order is fixed.
+
+        Args:
+            place: Its number in the pass, from 0.
+        """
+        for block in copy.copy(self._all_blocks):
+            if place < len(block):
+                return self.take(block[place])
+            place -= len(block)
+        raise IndexError(place)
 
     def begin_after(self, count: int) -> None:
         """Leaves out the first batches, so many."""
@@ -191,8 +206,8 @@ def in_memory(batches: Iterable[Batch]) -> bool:
     return _tensors(batches.dataset) is not None
 
 
-def draws_torch_alone(batches: Iterable[Batch]) -> bool:
-    """Whether a pass draws from generators of torch, if it draws at all."""
+def gives_again(batches: Iterable[Batch]) -> bool:
+    """Whether passes can give a batch once more; see `Indexed.again`."""
     return _is_fixed(getattr(batches, "batch_sampler", None)) and in_memory(batches)
 
 

@@ -71,11 +71,9 @@ class Generators(NamedTuple):
     numpy: Any
 
     @classmethod
-    def now(cls, loader: Any, *, torch_alone: bool = False) -> "Generators":
-        """Where they are; of torch's alone, if no other is to be put back."""
+    def now(cls, loader: Any) -> "Generators":
+        """Where they are."""
         own = [g.get_state() for g in own_generators(plain(loader))]
-        if torch_alone:
-            return cls(own, None, None)
         return cls(own, random.getstate(), np.random.get_state())
 
     def put_back(self, loader: Any) -> None:
@@ -83,9 +81,8 @@ class Generators(NamedTuple):
         generators = own_generators(plain(loader))
         for generator, state in zip(generators, self.torch, strict=True):
             generator.set_state(state)
-        if self.python is not None:
-            random.setstate(self.python)
-            np.random.set_state(self.numpy)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
 
     def state(self) -> dict[str, Any]:
         """The same in tensors and numbers; see `of`."""

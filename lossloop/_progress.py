@@ -99,19 +99,13 @@ class Progress:
 
 def describe(row: Row, epochs: int) -> str:
     """The line of an epoch, in columns."""
-    parts = [
-        f"Epoch {row['epoch']:{len(str(epochs))}}/{epochs}",
-        f"train_loss {row['train_loss']:<9.4g}",
-    ]
-    if row["val_loss"] is not None:
-        parts.append(f"val_loss {row['val_loss']:<9.4g}")
-    parts += [
-        f"{name} {value:<9.4g}"
-        for name, value in row.items()
-        if name.startswith("val_") and name not in ("val_loss", "val_se")
-        if value is not None
-    ]
+    line = (
+        f"Epoch {row['epoch']:{len(str(epochs))}}/{epochs}  "
+        f"train_loss {row['train_loss']:<9.4g}"
+    )
+    for name, value in row.items():
+        if name.startswith("val_") and name != "val_se" and value is not None:
+            line += f"  {name} {value:<9.4g}"
     if row["lr"] is not None:
-        parts.append(f"lr {row['lr']:<8.3g}")
-    parts.append(f"{row['seconds']:.2f} s of training")
-    return "  ".join(parts)
+        line += f"  lr {row['lr']:<8.3g}"
+    return f"{line}  {row['seconds']:.2f} s of training"

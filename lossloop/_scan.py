@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ from lossloop._model import device_of
 from lossloop._plan import CompilePlan
 from lossloop._random import seeded
 from lossloop._replay import Pool
-from lossloop._step import Body, MicroBatches, TrainStep, seed_of
-from lossloop._types import Batch, Carry, OptState, Params, StepFn
+from lossloop._step import MicroBatches, TrainStep, seed_of
+from lossloop._types import Batch, Carry, OptState, Params
 
 # Steps in one call, which costs about as much as a small step. More would make Ctrl-C
 # and the progress bar wait.
@@ -60,13 +60,14 @@ def loops(device: torch.device) -> bool:
 class Scan:
     """Calls one function many times, compiled for one shape of batch.
 
-    What the function returns is carried on inside; what it leaves alone is not. The
-    tensors that were passed in hold the result in the end.
+    What the function returns is carried on inside; what it leaves alone is not.
 
-    On the CPU the loop is a part of the graph. On a GPU one step is, which reads the
-    indices of its batch there and is launched again and again.
+    On the CPU the loop is a part of the graph, which returns new tensors. On a GPU one
+    step is, which reads the indices of its batch there and is launched again and again;
+    the tensors that were passed in hold the result in the end.
 
     Attributes:
+        loops: Whether the loop is a part of the graph.
         watches: Whether the state is looked at in the end only.
         made: Steps that the last call wrote, if it failed.
     """
@@ -87,8 +88,8 @@ class Scan:
             args: To call it with.
             backend: Of `torch.compile`.
             announced: Makes a context to compile in.
-            watches: Whether to change nothing, and return a sum of losses that is
-                nan, if that sum or the state is not finite in the end; on the CPU.
+            watches: Whether to return a sum of losses that is nan, if that sum or the
+                state is not finite in the end; on the CPU.
 
         Raises:
             CannotScanError: If it draws random numbers on the CPU: those of a step are
@@ -96,13 +97,15 @@ class Scan:
         """
         *state, batch = args
         device = device_of(args[0])
-        self._loops = loops(device)
+        self.loops = loops(device)
         with torch.no_grad(), seeded(0, device) as scope:
             before = scope.states()
             *new, _, n = function(*state, batch)
-            if self._loops and scope.drew_since(before):
+            if self.loops and scope.drew_since(before):
                 raise CannotScanError("random numbers are drawn")
         old, self._form = pytree.tree_flatten(state)
+        # Its dicts give the order of the keys, which another state's may not have.
+        self._like = pytree.tree_unflatten([t.new_empty(0) for t in old], self._form)
         results = [result for _, result in pairs(state, new)]
         self._size = len(batch[0])
         self._counts = not n.is_floating_point()
@@ -123,7 +126,7 @@ class Scan:
             if old[i].is_floating_point() and bool(torch.isfinite(old[i]).all())
         ]
         self._orders = torch.zeros(LENGTH, self._size, dtype=torch.int64, device=device)
-        if self._loops:
+        if self.loops:
             self._graph = Graph(self._run, backend, announced)
             return
         self._place = torch.zeros((), dtype=torch.int64, device=device)
@@ -150,26 +153,32 @@ class Scan:
         tensors: Sequence[Tensor],
         orders: Tensor,
         seeding: Callable[[int], Any] = lambda _: Unseeded(),
-    ) -> Mean:
-        """Makes a step for each row of indices, and returns the mean so far.
+    ) -> tuple[Params, Carry, Mean]:
+        """Makes a step for each row of indices.
 
         Args:
-            params: Overwritten, unless there is an error and `made` is 0.
+            params: On a GPU overwritten, unless there is an error and `made` is 0.
             carry: Likewise.
             mean: Of the steps before.
             tensors: All samples, on the device.
             orders: Of shape (steps, B).
             seeding: Makes a context for a step, in which it draws its numbers.
+
+        Returns:
+            `(params, carry, mean)`, the mean that of the steps before as well.
         """
         self.made = 0
         self._orders[: len(orders)] = orders
-        leaves = pytree.tree_leaves((params, carry))
-        if self._loops:
+        leaves = [tensor for _, tensor in pairs(self._like, [params, carry])]
+        if self.loops:
             weight = mean.weight if self._counts else mean.weight.to(mean.total.dtype)
             count = torch.tensor(len(orders))
             args = (count, self._orders, mean.total, weight, tensors, leaves)
             with torch.no_grad():
-                return Mean(*self._graph(Unseeded, args))
+                total, weight, *end = self._graph(Unseeded, args)
+            for place, tensor in zip(self._carried, end, strict=True):
+                leaves[place] = tensor
+            return *pytree.tree_unflatten(leaves, self._form), Mean(total, weight)
         sums = self._sums
         with torch.no_grad():
             self._place.zero_()
@@ -181,7 +190,7 @@ class Scan:
                 call = self._graph.again if step else self._graph
                 call(partial(seeding, step), args)
                 self.made += 1
-            return Mean(sums.total.clone(), sums.weight.clone())
+            return params, carry, Mean(sums.total.clone(), sums.weight.clone())
 
     def _step(
         self,
@@ -229,7 +238,7 @@ class Scan:
         weight: Tensor,
         tensors: Sequence[Tensor],
         leaves: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         def goes_on(i: Tensor, *_: Tensor) -> Tensor:
             return i < count
 
@@ -242,19 +251,8 @@ class Scan:
         if self.watches:
             looked_at = [end[place] for place in self._finite]
             finite = torch.isfinite(grand_total(total, looked_at))
-            end = [torch.where(finite, *both) for both in zip(end, start, strict=True)]
             total = torch.where(finite, total, float("nan"))
-        write(start, end)
-        return total, weight
-
-
-class _Stepping(StepFn, Protocol):
-    """A training step that shows its tensor part."""
-
-    @property
-    def body(self) -> Body:
-        """That of a `TrainStep`."""
-        ...
+        return total, weight, *end
 
 
 class CompiledFold:
@@ -264,11 +262,12 @@ class CompiledFold:
         why_not: Why steps are made one by one; None if they are not, or that is not
             decided yet.
         seen_finite: Whether the state has been seen to be finite after the last step.
+        params: The weights after the last step; for `on_step`.
     """
 
     def __init__(
         self,
-        step: "_Stepping",
+        step: TrainStep,
         *,
         backend: str | Callable[..., Any] = "inductor",
         plan: CompilePlan | None = None,
@@ -289,8 +288,10 @@ class CompiledFold:
         self._plan = plan
         self._length = length
         self._scan: Scan | None = None
+        self._kept = False  # whether the state may not be written to
         self.why_not = why_not
         self.seen_finite = False
+        self.params: Params = {}
 
     def __call__(
         self,
@@ -300,9 +301,19 @@ class CompiledFold:
         *,
         mean: Mean | None = None,
         on_step: OnStep | None = None,
+        keep: bool = False,
     ) -> tuple[Params, OptState, Mean]:
-        """As `fold` with the step, but `on_step` is called once for several."""
-        self.seen_finite = False
+        """As `fold` with the step, but `on_step` is called once for several.
+
+        Args:
+            params: See `fold`; may be overwritten, like the next.
+            opt_state: See `fold`.
+            batches: See `fold`.
+            mean: See `fold`.
+            on_step: See `fold`.
+            keep: Whether `params` and `opt_state` must stay what they are.
+        """
+        self.seen_finite, self._kept = False, keep
         passing = read(as_batches("batches", batches, passes=1))
         if isinstance(passing, Indexed):
             passing.move(device_of(params))
@@ -312,13 +323,19 @@ class CompiledFold:
                 params, opt_state, mean = self._several(
                     params, opt_state, mean, passing, orders
                 )
+                self.params = params
                 if on_step is not None:
                     try:
                         opt_state = on_step(opt_state, mean)
                     except EndPass as end:
                         return params, end.opt_state, mean
             return params, opt_state, mean
-        return fold(self._step, params, opt_state, passing, mean=mean, on_step=on_step)
+        return fold(self._one, params, opt_state, passing, mean=mean, on_step=on_step)
+
+    @property
+    def returns_new(self) -> bool:
+        """Whether many steps are made in one call, which returns new tensors."""
+        return self._scan is not None and self._scan.loops
 
     @property
     def why_not_replayed(self) -> str | None:
@@ -404,29 +421,45 @@ class CompiledFold:
             int(gate.skipped) <= int(gate.allowed) and math.isfinite(mean.total)
         )
         if finite and scan is not None and scan.takes(orders):
-            carry = opt_state.carry
 
             def seeding(step: int) -> seeded:
                 return seeded(seed_of(opt_state, step), device_of(params))
 
+            if not scan.loops:
+                params, opt_state = self._writable(params, opt_state)
             try:
-                now = scan(params, carry, mean, passing.tensors, orders, seeding)
+                new, carry, now = scan(
+                    params, opt_state.carry, mean, passing.tensors, orders, seeding
+                )
             except Exception as error:
                 if scan.made:
                     raise
                 # Nothing was written yet. The caller's own mistakes raise again below.
                 self._give_up(f"{type(error).__name__}: {error}".split("\n\n")[0])
             else:
-                if not gate:
-                    return params, opt_state.after(carry, steps), now
-                if math.isfinite(now.total):
+                if gate and math.isfinite(now.total):
                     self.seen_finite = True
-                    gate = gate._replace(step=gate.step + steps)
-                    carry = carry._replace(gate=gate)
-                    return params, opt_state.after(carry, steps), now
-                # Or else nothing was written, and the gate is to see each step.
+                    carry = carry._replace(gate=gate._replace(step=gate.step + steps))
+                if not gate or self.seen_finite:
+                    self._kept = False
+                    return new, opt_state.after(carry, steps), now
+                # Or else the old state still holds, and the gate is to see each step.
         batches = [passing.take(order) for order in orders]
-        return fold(self._step, params, opt_state, batches, mean=mean)
+        return fold(self._one, params, opt_state, batches, mean=mean)
+
+    def _one(
+        self, params: Params, opt_state: OptState, batch: Batch
+    ) -> tuple[Params, OptState, Tensor, Tensor]:
+        result = self._step(*self._writable(params, opt_state), batch)
+        self.params = result[0]
+        return result
+
+    def _writable(self, params: Params, opt_state: OptState) -> tuple[Params, OptState]:
+        """The state, or if it is to be kept, a copy of it."""
+        if self._kept:
+            self._kept = False
+            return pytree.tree_map_only(Tensor, torch.clone, (params, opt_state))
+        return params, opt_state
 
     def _give_up(self, why: str) -> None:
         self.why_not, self._scan = why, None
@@ -450,8 +483,8 @@ def compile_fold(
 
     Returns:
         `epoch(params, opt_state, batches, *, on_step=None)`, which returns `(params,
-        opt_state, mean)` as `fold` does. It writes the new state into the tensors of
-        the old one. `on_step` is called after each call, so once for several steps.
+        opt_state, mean)` as `fold` does. It may write into the tensors of the old
+        state. `on_step` is called after each call, so once for several steps.
 
     Raises:
         TypeError: If `step` is none of `make_step`.

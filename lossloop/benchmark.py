@@ -205,17 +205,20 @@ def compare(
 
     def folding() -> Run:
         state = start()
-        args = (state[0], state[1].carry, batch)
-        scan = Scan(step.body.function, args, backend)
+        params, carry = state[0], state[1].carry
+        scan = Scan(step.body.function, (params, carry, batch), backend)
         order = torch.arange(len(batch[0]))
 
         def run(steps: int) -> list[Tensor]:
+            nonlocal params, carry
             means: list[Tensor] = []
             # One by one only for as many as are compared.
             most = 1 if steps <= _FIRST_STEPS else LENGTH
             for done in range(0, steps, most):
                 orders = order.expand(min(most, steps - done), -1)
-                mean = scan(*args[:2], Mean.empty(device), batch, orders)
+                params, carry, mean = scan(
+                    params, carry, Mean.empty(device), batch, orders
+                )
                 means.append(mean.total / mean.weight)
             return means
 

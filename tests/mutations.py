@@ -33,7 +33,9 @@ class Mutation(NamedTuple):
 
 FILES, CHECKPOINT = "tests/test_files.py::", "tests/test_checkpoint.py::"
 NONFINITE, BEST = "tests/test_nonfinite.py::", "tests/test_best.py::"
-DOORS = "tests/test_doors.py::"
+DOORS, SCAN = "tests/test_doors.py::", "tests/test_scan.py::"
+HELD = f"{SCAN}test_the_optimizer_holds_the_last_finished_epoch"
+KEPT = f"{SCAN}test_a_state_that_is_to_be_kept_is_not_written_to"
 IN_STEP = f"{NONFINITE}test_a_step_that_is_not_finite_is_named_and_changes_nothing"
 OWN_STEP = f"{NONFINITE}test_a_step_of_ones_own_changes_nothing_once_its_gate_is_closed"
 IN_STATE = f"{NONFINITE}test_a_state_that_is_not_finite_ends_the_epoch_and_is_not_kept"
@@ -259,6 +261,20 @@ MUTATIONS = [
         "            finite = torch.isfinite(grand_total(total, looked_at))\n",
         "            finite = torch.isfinite(torch.zeros(()))\n",
         f"{NONFINITE}test_compiled[True]",
+    ),
+    Mutation(
+        "moments of an optimizer instance are kept",
+        "_fit.py",
+        "keep=shared",
+        "keep=False",
+        f"{HELD}[in-True-odd_batch]",
+    ),
+    Mutation(
+        "a step that is made again keeps the state",
+        "_scan.py",
+        "self._kept = False, keep\n",
+        "self._kept = False, False\n",
+        f"{KEPT}[left_out]",
     ),
     Mutation(
         "state is looked at after an epoch",

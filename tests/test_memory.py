@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 import lossloop as ll
-from lossloop._memory import read
+from lossloop._memory import gives_again, read
 
 N = 23
 X, Y = torch.randn(N, 2, 3), torch.randint(0, 9, (N,))
@@ -128,6 +128,46 @@ def test_the_samples_are_those_of_the_loader(part, sampler, size, drop_last):
     assert own_python == python
 
 
+@pytest.mark.parametrize("sampler", samplers(1))
+@pytest.mark.parametrize("part", PARTS)
+def test_a_batch_is_given_again(part, sampler):
+    """If the order is fixed; also where the ends of a pass are left out."""
+    data = PARTS[part]
+    options = samplers(len(data))[sampler]
+    if "batch_sampler" not in options:
+        options |= {"batch_size": 2}
+    loader = DataLoader(data, **options)
+
+    def passed(cut=lambda passing: None):
+        torch.manual_seed(3)
+        if loader.generator is not None:
+            loader.generator.manual_seed(4)
+        passing = read(loader)
+        cut(passing)
+        return passing, list(passing)
+
+    def without_ends(passing):
+        passing.begin_after(1)
+        passing.end_after(len(given) - 2)
+
+    passing, given = passed()
+    assert gives_again(loader) == passing.ahead
+    if not passing.ahead:
+        return
+    cut, middle = passed(without_ends)
+    assert_equal(middle, given[1:-1])
+    state = torch.get_rng_state()
+    assert_equal([passing.again(place) for place in range(len(given))], given)
+    before = range(max(1, len(given) - 1))
+    assert_equal([cut.again(place) for place in before], [given[i] for i in before])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def assert_equal(found, expected):
+    for batch, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, batch, other))
+
+
 class Loud(TensorDataset):
     def __getitem__(self, index):
         return tuple(t + 1 for t in super().__getitem__(index))
@@ -154,10 +194,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("name", SPECIAL)
 def test_what_is_special_is_read_as_it_is(name):
-    found, expected = (list(way(SPECIAL[name])) for way in (read, iter))
-    assert len(found) == len(expected)
-    for batch, other in zip(found, expected, strict=True):
-        assert all(map(torch.equal, batch, other))
+    assert_equal(*(list(way(SPECIAL[name])) for way in (read, iter)))
 
 
 def test_a_step_may_not_write_to_the_data():

@@ -1,6 +1,10 @@
 """The compiled fold: bit for bit that of single steps, or the reason why not."""
 
+import copy
+import math
+from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -221,6 +225,49 @@ def test_other_data_may_follow():
     assert_same(many, one)
 
 
+def test_keys_may_be_in_another_order():
+    """Of weights of one shape, which could be taken for each other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    goal = ll.supervised(model, nn.MSELoss())
+    loader = DataLoader(TensorDataset(torch.randn(12, 4), torch.randn(12, 4)), 4)
+    fold = ll.compile_fold(ll.make_step(goal, torch.optim.SGD), backend="aot_eager")
+    expected, _, _ = fold(*ll.init(goal, torch.optim.SGD), loader)
+    params, opt_state = ll.init(goal, torch.optim.SGD)
+    turned = {name: params[name] for name in reversed(params)}
+    found, _, _ = fold(turned, opt_state, loader)
+    assert fold.why_not is None
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("kind", ["folded", "odd", "not_in_memory", "left_out"])
+def test_a_state_that_is_to_be_kept_is_not_written_to(kind):
+    """By steps in one call, and neither by the first that is made alone."""
+    case, allowed = CASES["mlp"], 1 if kind == "left_out" else None
+    goal = ll.supervised(mlp(), case.loss)
+    step = ll.make_step(goal, torch.optim.Adam)
+    fold = ll.compile_fold(step, backend="aot_eager")
+
+    def start():
+        return ll.init(goal, torch.optim.Adam, skip_nonfinite=allowed)
+
+    fold(*start(), loader_of(case))
+    loader = loader_of(case, 3 if kind == "odd" else 23)
+    if kind == "left_out":
+        loader.dataset.tensors[0][7] = math.nan
+    batches = list(loader) if kind == "not_in_memory" else loader
+    expected = ll.fold(step, *start(), batches)
+    loader.generator.manual_seed(5)
+    state = start()
+    found = fold(*state, batches, keep=True)
+    assert_same(state, start())
+    torch.testing.assert_close(found[0], expected[0])
+    assert fold.why_not is None
+    if kind == "left_out":
+        assert int(found[1].gate.skipped) == int(expected[1].gate.skipped) == 1
+
+
 def test_what_is_no_step_is_refused():
     step = ll.make_step(ll.supervised(mlp(), nn.CrossEntropyLoss()), torch.optim.SGD)
     with pytest.raises(TypeError, match="takes a step of make_step, got a function"):
@@ -296,6 +343,72 @@ def test_a_rate_that_changes_by_epoch_is_followed():
     assert folded.compiled.folded
     assert folded.history["lr"] == plain.history["lr"] == [0.01, 0.005, 0.0025]
     torch.testing.assert_close(folded.params, plain.params)
+
+
+class Kept(NamedTuple):
+    """What a run leaves to the one who called it."""
+
+    weights: dict
+    moments: list
+
+
+def left_by(epochs, at_end=lambda *_: None, *, error=None, n=23, **options):
+    """A folded run, in which something happens at the end of each epoch."""
+    optimizers, model, result = [], mlp(), None
+
+    def scheduler(optimizer):
+        optimizers.append(optimizer)
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: at_end(epoch, loader) or 1.0
+        )
+
+    loader = loader_of(CASES["mlp"], n)
+    options = {"scheduler": scheduler, "schedule_by": "epoch", **options}
+    with pytest.raises(error) if error else nullcontext():
+        result = trained(model, loader, epochs=epochs, **options)
+    moments = list(optimizers[0].state.values())
+    return Kept(dict(model.named_parameters()), moments), result
+
+
+def fails(epoch, loader):
+    if epoch == 3:
+        raise LookupError
+
+
+def spoils(epoch, loader):
+    if epoch == 2:
+        loader.dataset.tensors[0][7] = math.nan
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("n", [23, 24], ids=["odd_batch", "whole_batches"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("at_end", "error"),
+    [(fails, LookupError), (spoils, ll.NonFiniteError)],
+    ids=["after", "in"],
+)
+def test_the_optimizer_holds_the_last_finished_epoch(n, shared, at_end, error):
+    """Though the next one was trained on: its moments are those of the state."""
+    options = {} if shared else {"on_epoch": lambda record: None}
+    expected, result = left_by(2, n=n)
+    assert result.compiled.folded
+    found, _ = left_by(5, at_end, error=error, n=n, **options)
+    assert_same(found, expected)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_result_has_a_state_of_its_own():
+    found, result = left_by(3)
+    assert result.compiled.folded
+    mine = copy.deepcopy(result.opt_state)
+    for state, moments in zip(
+        found.moments, result.opt_state.slots.groups[0].moments.values(), strict=True
+    ):
+        assert_same({name: state[name] for name in moments}, moments)
+        for value in state.values():
+            value.fill_(7)
+    assert_same(result.opt_state, mine)
 
 
 @pytest.mark.usefixtures("quick")
