@@ -146,6 +146,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
 
     from lossloop._bounds import Bounds
     from lossloop._isa import vector_options
+    from lossloop._logits import Logits
     from lossloop._pooling import Pooling
     from lossloop._products import Products, ours
 
@@ -155,7 +156,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     patches = {
         **(vector_options() if on_cpu else {}),
         "size_asserts": False,  # the guards know the sizes of the inputs already
-        "joint_custom_post_pass": Pooling(),
+        "joint_custom_post_pass": Pooling() if on_cpu else Logits(),
         "post_grad_custom_pre_pass": Bounds(),
         "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
     }

@@ -7,8 +7,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lossloop as ll
+from lossloop import _compile
 from lossloop._bounds import Bounds
 from lossloop._compile import Compiled
+from lossloop._logits import Logits
 from lossloop._plan import CompilePlan, count_cost, has_rnn
 from lossloop._pooling import Pooling
 from lossloop._products import Products
@@ -515,3 +517,6 @@ def test_a_step_is_compiled_with_our_passes_and_a_large_one_update_by_update(
     assert isinstance(patches["post_grad_custom_pre_pass"], Bounds)
     assert isinstance(patches["post_grad_custom_post_pass"], Products)
     assert together == ("score_fusion_memory_threshold" not in patches)
+    graph = torch.fx.symbolic_trace(nn.Identity())
+    _compile.inductor(graph, [torch.ones(2, 2, device="meta")])
+    assert isinstance(patches["joint_custom_post_pass"], Logits)
