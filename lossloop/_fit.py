@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lossloop._baseline import data_facts
@@ -194,9 +194,11 @@ def fit(
     validation loss with the weights frozen. The module itself is changed between
     epochs only: whatever happens, it holds the weights of the last finished epoch (of
     the best one in the end), in the train or eval mode it came in. So do an optimizer
-    instance and a scheduler: after an exception, another call goes on from there. (An
-    instance with more than ten million numbers of state is not written to before the
-    end, and then has the tensors of the result: a copy would take too much memory.)
+    instance and a scheduler: after an exception, another call goes on from there.
+    (Where nothing of yours is called between epochs, this is written when the run ends,
+    however it ends. An instance with more than ten million numbers of state is not
+    written to before the end, and then has the tensors of the result: a copy would take
+    too much memory.)
 
     Numbers that are not finite never reach the weights: a step whose loss or gradient
     is not finite changes nothing, and ends the run (see `skip_nonfinite`). Ctrl-C and
@@ -563,7 +565,7 @@ def fit(
     begin, rest = 0, dict[str, Any]()
     before_row: Run | None = None  # for an interruption while it validates
     updated = False  # whether load_opt_state has been called
-    shared = False  # whether the optimizer instance holds the moments of the state
+    kept: tuple[Params, OptState] | None = None  # of the last finished epoch
     own = model_params(model)
     # Then nobody needs to know where the generators were; noting it takes time.
     gives = journal is None and gives_again(train)
@@ -649,7 +651,12 @@ def fit(
                 left = max_steps - (int(opt_state.step) - first_step)
                 batches = first(left, batches)
             params, opt_state, mean = folding(
-                params, opt_state, batches, mean=mean, on_step=after_step, keep=shared
+                params,
+                opt_state,
+                batches,
+                mean=mean,
+                on_step=after_step,
+                keep=bool(kept),
             )
             batches, folding.params = None, params
             if not folding.seen_finite:
@@ -722,20 +729,25 @@ def fit(
                 opt_state, train_loss if val_loss is None else val_loss
             )
             with signals.whole():
-                # The next pass keeps the moments then, and nobody writes into them.
-                shared = updated and folding.returns_new and on_epoch is None
-                held = (
-                    held_moments(optimizer, own, opt_state, share=shared)
-                    if updated
-                    else None
-                )
-                targets, sources = held or ([], [])
-                copy_tensors(
-                    [*own.values(), *targets], [params[name] for name in own] + sources
-                )
-                if copied and held is None:
-                    load_opt_state(optimizer, model, opt_state)
-                    updated = True
+                # Nobody looks between epochs then, and the next pass leaves it alone.
+                unseen = on_epoch is None and schedule.by is None
+                if unseen and folding.returns_new and (updated or not copied):
+                    kept = params, opt_state
+                else:
+                    kept = None
+                targets, sources = list[Tensor](), list[Tensor]()
+                if kept is None or measured:
+                    targets += own.values()
+                    sources += [params[name] for name in own]
+                if kept is None and copied:
+                    held = held_moments(optimizer, own, opt_state) if updated else None
+                    if held is None:
+                        load_opt_state(optimizer, model, opt_state)
+                        updated = True
+                    else:
+                        targets += held[0]
+                        sources += held[1]
+                copy_tensors(targets, sources)
                 schedule.finish_epoch()
             for plan in plans:
                 plan.end_epoch()
@@ -762,17 +774,18 @@ def fit(
         validated = any(row["val_loss"] is not None for row in finished)
         no_best = validated and best_epoch is None and ended != "interrupted"
         with signals.whole():
-            if instance and (not copied or ended == "interrupted"):
+            if instance and (not copied or kept or ended == "interrupted"):
                 load_opt_state(optimizer, model, opt_state, copy=copied)
-            elif shared:
-                carry = pytree.tree_map(torch.clone, opt_state.carry)
-                opt_state = opt_state.after(carry, 0)
             if not no_best:
                 params = best if restore_best and best_epoch is not None else shown
                 load_params(model, params)
             schedule.finish_epoch()
     except BaseException:
         with signals.whole():
+            if kept is not None:
+                load_params(model, kept[0])
+                if copied:
+                    load_opt_state(optimizer, model, kept[1])
             schedule.restore()
         raise
     finally:

@@ -804,11 +804,7 @@ def load_opt_state(
 
 
 def held_moments(
-    optimizer: TorchOptimizer,
-    params: Params,
-    opt_state: OptState,
-    *,
-    share: bool = False,
+    optimizer: TorchOptimizer, params: Params, opt_state: OptState
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """Moments and counts where `load_opt_state` wrote them, beside those of a state.
 
@@ -818,8 +814,6 @@ def held_moments(
         optimizer: The instance.
         params: The module's own parameters, by name.
         opt_state: The state.
-        share: Whether the instance gets the moments of the state themselves, where it
-            keeps them as they are. They are then none of what is returned.
 
     Returns:
         The tensors of the instance, and what they have to be; None if the instance
@@ -830,15 +824,10 @@ def held_moments(
     for group in cast(Slots, opt_state.slots).groups:
         for name, moments in group.moments.items():
             state = optimizer.state.get(params[name], {})
-            if moments and not state:
+            if not state.keys() >= moments.keys():
                 return None
-            if share and NUMBERS.isdisjoint(moments):
-                state.update(moments)
-            elif state.keys() >= moments.keys():
-                targets += [state[moment] for moment in moments]
-                sources += moments.values()
-            else:
-                return None
+            targets += [state[moment] for moment in moments]
+            sources += moments.values()
             if "step" in state:
                 targets.append(state["step"])
                 sources.append(group.step)

@@ -34,7 +34,7 @@ class Mutation(NamedTuple):
 FILES, CHECKPOINT = "tests/test_files.py::", "tests/test_checkpoint.py::"
 NONFINITE, BEST = "tests/test_nonfinite.py::", "tests/test_best.py::"
 DOORS, SCAN = "tests/test_doors.py::", "tests/test_scan.py::"
-HELD = f"{SCAN}test_the_optimizer_holds_the_last_finished_epoch"
+HELD = f"{SCAN}test_module_and_optimizer_hold_the_last_finished_epoch"
 KEPT = f"{SCAN}test_a_state_that_is_to_be_kept_is_not_written_to"
 IN_STEP = f"{NONFINITE}test_a_step_that_is_not_finite_is_named_and_changes_nothing"
 OWN_STEP = f"{NONFINITE}test_a_step_of_ones_own_changes_nothing_once_its_gate_is_closed"
@@ -265,9 +265,30 @@ MUTATIONS = [
     Mutation(
         "moments of an optimizer instance are kept",
         "_fit.py",
-        "keep=shared",
+        "keep=bool(kept)",
         "keep=False",
-        f"{HELD}[in-True-odd_batch]",
+        f"{HELD}[in-unseen-odd_batch]",
+    ),
+    Mutation(
+        "what nobody saw is written after an error",
+        "_fit.py",
+        "            if kept is not None:\n",
+        "            if False:\n",
+        f"{HELD}[after-unseen-odd_batch]",
+    ),
+    Mutation(
+        "what nobody saw is written at the end",
+        "_fit.py",
+        "(not copied or kept or ended",
+        "(not copied or ended",
+        f"{SCAN}test_the_result_has_a_state_of_its_own",
+    ),
+    Mutation(
+        "validation sees the weights of the last epoch",
+        "_fit.py",
+        "if kept is None or measured:",
+        "if kept is None:",
+        f"{SCAN}test_who_looks_between_epochs_sees_the_last_one[validated]",
     ),
     Mutation(
         "a step that is made again keeps the state",
@@ -343,14 +364,14 @@ MUTATIONS = [
     Mutation(
         "the module holds the last finished epoch",
         "_fit.py",
-        "                copy_tensors(\n",
-        "                (lambda *_: None)(\n",
+        "                copy_tensors(targets, sources)\n",
+        "",
         f"{IN_STEP}[gradient-last-nan]",
     ),
     Mutation(
         "the optimizer does so too",
         "_fit.py",
-        "                if copied and held is None:\n",
+        "                if kept is None and copied:\n",
         "                if False:\n",
         f"{NONFINITE}test_an_instance_of_torch_holds_the_last_finished_epoch_too",
     ),

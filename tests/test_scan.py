@@ -22,6 +22,7 @@ from torch.utils.data import (
 import lossloop as ll
 from lossloop import _compile, _scan
 from lossloop._scan import LENGTH
+from lossloop._schedule import Schedule
 
 
 class Attention(nn.Module):
@@ -353,21 +354,25 @@ class Kept(NamedTuple):
 
 
 def left_by(epochs, at_end=lambda *_: None, *, error=None, n=23, **options):
-    """A folded run, in which something happens at the end of each epoch."""
-    optimizers, model, result = [], mlp(), None
+    """A folded run, in which something happens before each epoch is finished."""
+    torch.manual_seed(0)
+    loader, model, calls = loader_of(CASES["mlp"], n), mlp(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    after_epoch = Schedule.after_epoch
 
-    def scheduler(optimizer):
-        optimizers.append(optimizer)
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: at_end(epoch, loader) or 1.0
-        )
+    def spied(self, opt_state, loss):
+        calls.append(loss)
+        at_end(len(calls), loader)
+        return after_epoch(self, opt_state, loss)
 
-    loader = loader_of(CASES["mlp"], n)
-    options = {"scheduler": scheduler, "schedule_by": "epoch", **options}
-    with pytest.raises(error) if error else nullcontext():
-        result = trained(model, loader, epochs=epochs, **options)
-    moments = list(optimizers[0].state.values())
-    return Kept(dict(model.named_parameters()), moments), result
+    options = {"progress": False, "compile": True, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Schedule, "after_epoch", spied)
+        with pytest.raises(error) if error else nullcontext():
+            loss = nn.CrossEntropyLoss()
+            result = ll.fit(model, loss, optimizer, loader, epochs=epochs, **options)
+    left = Kept(dict(model.named_parameters()), list(optimizer.state.values()))
+    return left, None if error else result
 
 
 def fails(epoch, loader):
@@ -380,21 +385,62 @@ def spoils(epoch, loader):
         loader.dataset.tensors[0][7] = math.nan
 
 
+SEEN = {
+    "unseen": {},
+    "seen": {"on_epoch": lambda record: None},
+    "validated": {"val_loader": [CASES["mlp"].batch(5)], "restore_best": False},
+}
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("n", [23, 24], ids=["odd_batch", "whole_batches"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize(
     ("at_end", "error"),
     [(fails, LookupError), (spoils, ll.NonFiniteError)],
     ids=["after", "in"],
 )
-def test_the_optimizer_holds_the_last_finished_epoch(n, shared, at_end, error):
-    """Though the next one was trained on: its moments are those of the state."""
-    options = {} if shared else {"on_epoch": lambda record: None}
-    expected, result = left_by(2, n=n)
+def test_module_and_optimizer_hold_the_last_finished_epoch(n, seen, at_end, error):
+    """Though the next one was trained on, in steps that write to no old tensor."""
+    expected, result = left_by(2, n=n, **SEEN[seen])
     assert result.compiled.folded
-    found, _ = left_by(5, at_end, error=error, n=n, **options)
+    found, _ = left_by(5, at_end, error=error, n=n, **SEEN[seen])
     assert_same(found, expected)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("seen", ["seen", "validated"])
+def test_who_looks_between_epochs_sees_the_last_one(seen):
+    torch.manual_seed(0)
+    model, looks, finished = mlp(), [], []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def looked_at():
+        state = [list(model.parameters()), list(optimizer.state.values())]
+        return copy.deepcopy(state)
+
+    class Validation(list):
+        def __iter__(self):
+            looks.append(looked_at())
+            return super().__iter__()
+
+    options = {"epochs": 3, "progress": False, "compile": True}
+    if seen == "seen":
+        options["on_epoch"] = lambda record: looks.append(looked_at())
+    else:
+        options |= {"val_loader": Validation([CASES["mlp"].batch(5)])}
+    loader = loader_of(CASES["mlp"])
+    result = ll.fit(model, nn.CrossEntropyLoss(), optimizer, loader, **options)
+    assert result.compiled.folded
+    for epochs in (1, 2):
+        left, _ = left_by(epochs)
+        finished.append(left)
+    if seen == "seen":
+        for look, left in zip(looks[:2], finished, strict=True):
+            assert_same(look, [list(left.weights.values()), left.moments])
+    else:  # before the epoch is finished; the first look is at the first batch
+        for look, left in zip(looks[-2:], finished, strict=True):
+            assert_same(look[0], list(left.weights.values()))
 
 
 @pytest.mark.usefixtures("quick")
