@@ -491,7 +491,7 @@ def fit(
             },
         )
 
-    finished, best_epoch, best = list[Row](), None, params
+    history, best_epoch, best = History(), None, params
     best_loss, skipped = float("inf"), 0
     passed = 0  # steps that the gate skipped, when the state was last looked at
     first_step = epoch_step = int(opt_state.step)
@@ -507,7 +507,7 @@ def fit(
             epoch,
             0 if mean is None else int(opt_state.step) - epoch_step,
             mean,
-            History(finished),
+            history,
             None
             if best_epoch is None
             else Best(best_epoch, best_loss, best if restore_best else {}),
@@ -568,7 +568,7 @@ def fit(
     kept: tuple[Params, OptState] | None = None  # of the last finished epoch
     own = model_params(model)
     # Then nobody needs to know where the generators were; noting it takes time.
-    gives = journal is None and gives_again(train)
+    repeats = journal is None and gives_again(train)
     stack = ExitStack()
     try:
         signals.heed()
@@ -579,7 +579,6 @@ def fit(
             saved = journal.newest(params, opt_state)
             if saved is not None:
                 params, opt_state, done, begin, mean, history, found, _ = saved
-                finished = list(history)
                 rest = dict(saved.rest)
                 opt_state = with_allowance(opt_state, skip_nonfinite)
                 passed = int(gate_of(opt_state).skipped)
@@ -635,13 +634,13 @@ def fit(
                 start -= rest["epoch_seconds"]
                 schedule.begin_epoch(rest["schedule"]["rate"])
             if batches is None:
-                if not gives:
+                if not repeats:
                     generators = Generators.now(train)
                 with reading("train_loader", epoch, 1):
                     batches, begin = read(train), 0
                     if journal is not None:
                         batches = journal.begin_epoch(batches)
-            begun = None if gives else generators
+            begun = None if repeats else generators
             if isinstance(batches, Indexed) and batches.ahead:
                 begun = batches
             batches = watch(
@@ -715,7 +714,7 @@ def fit(
                     if journal is not None and before_row is not None:
                         journal.save(before_row, generators)
                     break
-            finished.append(row)
+            history = history.append(row)
             val_loss = row["val_loss"]
             if (
                 val_loss is not None
@@ -753,7 +752,7 @@ def fit(
                 plan.end_epoch()
             bar.end(row)
             if on_epoch is not None:
-                if on_epoch(EpochRecord(dict(row), params, opt_state)) == "stop":
+                if on_epoch(EpochRecord(history[-1], params, opt_state)) == "stop":
                     ended = ended or "on_epoch"
                 opt_state = schedule.follow(opt_state)  # it may have changed rates
             if patience is not None and patience.lost(row):
@@ -771,7 +770,7 @@ def fit(
                 generators = Generators.now(train)
                 epoch_step = step_made
                 journal.save(written(opt_state, epoch), generators)
-        validated = any(row["val_loss"] is not None for row in finished)
+        validated = any(row["val_loss"] is not None for row in history)
         no_best = validated and best_epoch is None and ended != "interrupted"
         with signals.whole():
             if instance and (not copied or kept or ended == "interrupted"):
@@ -796,8 +795,7 @@ def fit(
             signals.held = True
             signals.restore()
     if no_best:
-        raise NonFiniteError(len(finished), int(opt_state.step), ["val_loss"], NO_BEST)
-    history = History(finished)
+        raise NonFiniteError(len(history), int(opt_state.step), ["val_loss"], NO_BEST)
     if progress and len(history) >= ENOUGH:
         known = all(in_memory(each) for each in (train, val or []))
         facts = data_facts(model, goal, train, val) if known else None
