@@ -1,4 +1,4 @@
-"""What `fit` costs around its steps: progress, history, weights written back.
+"""What `fit` costs around its steps: progress, history, looking at the state.
 
 On the smallest work, the MLP of 128 units, where it shows most. What anybody has to do
 for an epoch, a fold by itself included, is to begin a pass over the loader, to make the
