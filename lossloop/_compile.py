@@ -153,13 +153,18 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     on_cpu = all(t.device.type == "cpu" for t in tensors)
     multiplies = on_cpu and any(t.ndim > 1 for t in tensors)
-    patches = {
-        **(vector_options() if on_cpu else {}),
+    patches: dict[str, Any] = {
         "size_asserts": False,  # the guards know the sizes of the inputs already
         "joint_custom_post_pass": Pooling() if on_cpu else Logits(),
         "post_grad_custom_pre_pass": Bounds(),
         "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
     }
+    if on_cpu:
+        patches |= vector_options()
+    else:
+        # With Inductor's own 30 the gradient of a cross entropy may be computed in two
+        # parts, of which neither can be written over the logits.
+        patches["realize_opcount_threshold"] = 50
     if sum(t.numel() for t in tensors) > LARGEST_FUSED:
         # The updates of two parameters share a few scalars. In one kernel they would
         # keep the gradients of both waiting.

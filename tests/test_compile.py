@@ -514,9 +514,11 @@ def test_a_step_is_compiled_with_our_passes_and_a_large_one_update_by_update(
     step = ll.compile_step(ll.make_step(goal, torch.optim.Adam))
     step(*ll.init(goal, torch.optim.Adam), CASES["mlp"].batch())
     assert isinstance(patches["joint_custom_post_pass"], Pooling)
+    assert "realize_opcount_threshold" not in patches
     assert isinstance(patches["post_grad_custom_pre_pass"], Bounds)
     assert isinstance(patches["post_grad_custom_post_pass"], Products)
     assert together == ("score_fusion_memory_threshold" not in patches)
     graph = torch.fx.symbolic_trace(nn.Identity())
     _compile.inductor(graph, [torch.ones(2, 2, device="meta")])
     assert isinstance(patches["joint_custom_post_pass"], Logits)
+    assert patches["realize_opcount_threshold"] > 30
