@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import lossloop as ll
-from lossloop import _fit
+from lossloop import _training
 from lossloop._machine import machine
 from lossloop._mean import Mean
 from lossloop._scan import CompiledFold
@@ -107,7 +107,7 @@ def fitted(
 
     with (
         patch.object(CompiledFold, "__call__", counted),
-        patch.object(_fit, "read", clock.counting(_fit.read)),
+        patch.object(_training, "read", clock.counting(_training.read)),
         patch.object(Mean, "value_and_weight", clock.counting(Mean.value_and_weight)),
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),

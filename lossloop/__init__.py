@@ -9,7 +9,7 @@ from lossloop._checkpoint import CheckpointCorrupt, CheckpointMismatch, load, sa
 from lossloop._compile import compile_step
 from lossloop._diagnosis import Diagnosis, Facts, Finding, diagnose
 from lossloop._files import CheckpointWriteError
-from lossloop._fit import EpochRecord, Result, StepRecord, fit
+from lossloop._fit import Result, fit
 from lossloop._fold import EndPass, fold, fold_eval, fold_metrics
 from lossloop._gate import NonFiniteError
 from lossloop._history import History
@@ -23,6 +23,7 @@ from lossloop._run import Run
 from lossloop._scan import compile_fold
 from lossloop._step import init, make_eval_step, make_step
 from lossloop._stopping import EarlyStopping
+from lossloop._training import EpochRecord, StepRecord
 from lossloop._types import Optimizer, OptState
 
 __version__ = version("lossloop")

@@ -1,28 +1,21 @@
 """The front door: a whole training run, arranged from the public parts."""
 
 import itertools
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from lossloop._baseline import data_facts
 from lossloop._batches import (
     PaddedLast,
     as_batches,
-    first,
-    generators_kept,
     in_order,
-    is_one_shot,
     length,
     no_batches,
     peek,
@@ -38,82 +31,23 @@ from lossloop._coupling import (
     coupled_samples,
 )
 from lossloop._diagnosis import ENOUGH, diagnose
-from lossloop._fold import EndPass, fold_metrics
-from lossloop._gate import (
-    NonFiniteError,
-    gate_of,
-    names_not_finite,
-    on_host,
-    with_allowance,
-)
-from lossloop._history import History, Row
-from lossloop._interruption import Interruption
+from lossloop._gate import names_not_finite
+from lossloop._history import History
 from lossloop._journal import Journal
-from lossloop._mean import Mean
-from lossloop._memory import (
-    Indexed,
-    copied_once,
-    gives_again,
-    in_memory,
-    read,
-)
-from lossloop._model import (
-    check_functional,
-    copy_tensors,
-    device_of,
-    load_params,
-    model_params,
-)
+from lossloop._memory import Indexed, in_memory, read
+from lossloop._model import check_functional, device_of
 from lossloop._objective import Objective, supervised
-from lossloop._optimizers import held_moments, load_opt_state
-from lossloop._order import Generators, after
+from lossloop._order import Generators
 from lossloop._plan import CompileChoice, CompilePlan, has_rnn
 from lossloop._precision import Precision, autocast
 from lossloop._progress import Progress
-from lossloop._random import mix, seeded
-from lossloop._run import Best, Run
 from lossloop._scan import LENGTH, CompiledFold
 from lossloop._schedule import Schedule
 from lossloop._step import EvalStep, TrainStep, init, make_eval_step, make_step
 from lossloop._stopping import EarlyStopping, Patience, as_early_stopping
+from lossloop._training import EpochRecord, Frozen, StepRecord, Training, products
 from lossloop._types import Batch, OptState, Params, Slots
 from lossloop._watch import Watch, reading
-
-# Numbers in the state of an optimizer instance, up to which it is brought up to date
-# after each epoch. Beyond, a second copy of them would take too much memory.
-LARGEST_COPIED = 1e7
-
-_LOADERS = {"val_loss": "val_loader"}  # that a column is measured on
-
-SMALLER = """\
-The gradients were finite, and the numbers grew too large. The module holds the \
-weights of the last finished epoch. Lower the learning rate, or bound the gradient \
-(clip_grad_norm=1.0)."""
-SKIP_OR_SMALLER = """\
-Nothing of it has reached the weights; the module holds those of the last finished \
-epoch. Look at the batch; lower the learning rate or bound the gradient \
-(clip_grad_norm=1.0); or have a few such steps left out (skip_nonfinite=10)."""
-NO_BEST = """\
-It was finite after no epoch, so that there are no best weights; the module holds \
-those of the last finished epoch. Look at the validation data and at what the loss \
-does with the model in eval mode."""
-
-
-class StepRecord(NamedTuple):
-    """What `on_step` is handed; nothing in it has been read from the device."""
-
-    epoch: int
-    mean: Mean  # of the epoch so far; `mean.value()` reads the device
-    params: Params  # after the step; the next may overwrite them: copy to keep
-    opt_state: OptState  # likewise; `opt_state.step` is on the CPU
-
-
-class EpochRecord(NamedTuple):
-    """What `on_epoch` is handed."""
-
-    row: Row  # of the history
-    params: Params  # after the epoch; the next step may overwrite them: copy to keep
-    opt_state: OptState  # likewise
 
 
 @dataclass(frozen=True)
@@ -355,19 +289,18 @@ def fit(
             "fit(metrics=...) measures validation data, and there are none. Pass a "
             "val_loader, or frozen_train_loss=True to measure the training data."
         )
-    # What is measured with the weights frozen: column, prefix of the metrics, batches.
     measured = [
-        (column, prefix, batches)
-        for column, prefix, batches in (
-            ("val_loss", "val_", val),
-            ("frozen_train_loss", "train_", frozen),
+        Frozen(column, prefix, loader, each)
+        for column, prefix, loader, each in (
+            ("val_loss", "val_", "val_loader", val),
+            ("frozen_train_loss", "train_", "frozen_train_loss", frozen),
         )
-        if batches is not None
+        if each is not None
     ]
     columns = [
         name
-        for column, prefix, _ in measured
-        for name in (column, *(prefix + metric for metric in eval_step.metrics))
+        for each in measured
+        for name in (each.column, *(each.prefix + m for m in eval_step.metrics))
     ]
     rule = as_early_stopping(early_stopping, ["train_loss", *columns])
     patience = None if rule is None else Patience(rule)
@@ -437,7 +370,7 @@ def fit(
             plan=partial(planned, "training step", steps_planned),
         )
     )
-    lengths = [length(each) for _, _, each in measured]
+    lengths = [length(each.batches) for each in measured]
     known = [count for count in lengths if count is not None]
     eval_steps = sum(known) * -(-epochs_planned // eval_every)
     eval_step = EvalStep(
@@ -451,7 +384,6 @@ def fit(
             ),
         )
     )
-    signals = Interruption()
     if has_rnn(model):
         for plan in plans:
             if not plan.give_up(" ".join(RNN_HINT.split())):
@@ -464,12 +396,12 @@ def fit(
         why_not = "on_step is called after every step"
     elif precision == "fp16":
         why_not = "the loss is scaled"
-    heeding = _Heeding(eval_step, signals)
     # The calls of a compiled fold end where a checkpoint is due.
     size = LENGTH
     if save_every is not None:
         size = -(-save_every // -(-save_every // LENGTH))
     folding = CompiledFold(step, plan=plans[0], why_not=why_not, length=size)
+    folding.params = params
 
     journal = None
     if checkpoint is not None:
@@ -491,414 +423,58 @@ def fit(
             },
         )
 
-    history, best_epoch, best = History(), None, params
-    best_loss, skipped = float("inf"), 0
-    passed = 0  # steps that the gate skipped, when the state was last looked at
-    first_step = epoch_step = int(opt_state.step)
-    started = start = perf_counter()
-    ended: str | None = None
-
-    def written(opt_state: OptState, epoch: int, mean: Mean | None = None) -> Run:
-        """The run after so many epochs and the batches in `mean`."""
-        assert journal is not None
-        return Run(
-            folding.params,
-            opt_state,
-            epoch,
-            0 if mean is None else int(opt_state.step) - epoch_step,
-            mean,
-            history,
-            None
-            if best_epoch is None
-            else Best(best_epoch, best_loss, best if restore_best else {}),
-            {
-                "first_step": first_step,
-                "epoch_step": epoch_step,
-                "seconds": perf_counter() - started,
-                "epoch_seconds": perf_counter() - start,
-                "skipped": skipped,
-                "schedule": schedule.state(),
-                "patience": patience and [patience.best, patience.waited],
-                "plans": [plan.state() for plan in plans],
-                "products": _products(plans),
-                "place": journal.place(int(opt_state.step) - first_step),
-            },
-        )
-
-    def check_state(epoch: int, opt_state: OptState) -> None:
-        """Refuses a state that is not finite, though the gradients were."""
-        names = set(names_not_finite((folding.params, opt_state.carry))) - never_finite
-        if names:
-            gate = gate_of(opt_state)
-            # Weights that are not finite let no later step pass.
-            made = int(gate.step) - (int(gate.skipped) - passed)
-            raise NonFiniteError(epoch, made, sorted(names), SMALLER)
-
-    def after_step(opt_state: OptState, mean: Mean) -> OptState:
-        nonlocal ended, passed
-        bar.step(mean, opt_state.step)
-        if on_host(mean.total) and int(gate_of(opt_state).skipped) > passed:
-            check_state(epoch, opt_state)
-            passed = int(gate_of(opt_state).skipped)
-            if passed > skip_nonfinite:
-                raise EndPass(opt_state)
-        opt_state = schedule.after_step(opt_state)
-        if on_step is not None:
-            record = StepRecord(epoch, mean, folding.params, opt_state)
-            ended = "on_step" if on_step(record) == "stop" else None
-        if max_seconds is not None and perf_counter() - started >= max_seconds:
-            ended = ended or "max_seconds"
-        if signals.requested is not None:
-            ended = ended or "interrupted"
-        # What ends within an epoch is saved there, to go on from if it is resumed.
-        if journal is not None and (ended or journal.due(int(opt_state.step))):
-            check_state(epoch, opt_state)
-            journal.save(written(opt_state, epoch - 1, mean), generators)
-        if ended is not None:
-            raise EndPass(opt_state)
-        return opt_state
-
-    instance = isinstance(optimizer, torch.optim.Optimizer)
-    numbers = sum(t.numel() for t in pytree.tree_leaves(opt_state))
-    copied = instance and numbers <= LARGEST_COPIED
-    shown, mean, done = params, None, 0
-    begin, rest = 0, dict[str, Any]()
-    before_row: Run | None = None  # for an interruption while it validates
-    updated = False  # whether load_opt_state has been called
-    kept: tuple[Params, OptState] | None = None  # of the last finished epoch
-    own = model_params(model)
-    # Then nobody needs to know where the generators were; noting it takes time.
-    repeats = journal is None and gives_again(train)
-    stack = ExitStack()
-    try:
-        signals.heed()
-        stack.enter_context(copied_once())
-        if journal is not None:
-            stack.enter_context(journal.lock())
-            stack.callback(journal.finish)
-            saved = journal.newest(params, opt_state)
-            if saved is not None:
-                params, opt_state, done, begin, mean, history, found, _ = saved
-                rest = dict(saved.rest)
-                opt_state = with_allowance(opt_state, skip_nonfinite)
-                passed = int(gate_of(opt_state).skipped)
-                if passed > skip_nonfinite:
-                    raise ValueError(
-                        f"fit(skip_nonfinite={skip_nonfinite}, resume=True): {passed} "
-                        f"steps of the run were skipped already. Pass at least that "
-                        f"many."
-                    )
-                if found is not None:
-                    best_epoch, best_loss, best = found
-                batches, generators = journal.rest_of_epoch(batches, saved)
-                skipped, first_step = rest["skipped"], rest["first_step"]
-                started -= rest["seconds"]
-                if patience is not None and rest["patience"] is not None:
-                    patience.best, patience.waited = rest["patience"]
-                if not journal.changed:
-                    for plan, state in zip(plans, rest["plans"], strict=True):
-                        plan.resume(state, done)
-                with signals.whole():
-                    schedule.resume(rest["schedule"])
-                    load_params(model, params)
-                    if copied:
-                        load_opt_state(optimizer, model, opt_state)
-                        updated = True
-                    schedule.finish_epoch()
-            else:
-                batches = journal.begin_epoch(batches)
-                folding.params = params
-                journal.begin(written(opt_state, 0), generators)
-        made = int(opt_state.step) - first_step
-        planned_units = steps_planned if schedule.by == "step" else epochs_planned
-        if planned_units is not None:
-            planned_units -= made if schedule.by == "step" else done
-        schedule.begin(opt_state, planned_units)
-        if patience is not None and patience.over:
-            ended = "early_stopping"
-        elif max_steps is not None and made >= max_steps and mean is None and done:
-            ended = "max_steps"
-        shown = {**params, **opt_state.ema.params} if opt_state.ema else params
-        folding.params = params
-        stack.callback(bar.close)
-        for epoch in range(done + 1, epochs + 1):
-            if ended is not None:
-                break
-            bar.begin(epoch, opt_state.step)
-            start = perf_counter()
-            if mean is None:
-                epoch_step = int(opt_state.step)
-                schedule.begin_epoch()
-            else:  # goes on in the middle
-                epoch_step = rest["epoch_step"]
-                start -= rest["epoch_seconds"]
-                schedule.begin_epoch(rest["schedule"]["rate"])
-            if batches is None:
-                if not repeats:
-                    generators = Generators.now(train)
-                with reading("train_loader", epoch, 1):
-                    batches, begin = read(train), 0
-                    if journal is not None:
-                        batches = journal.begin_epoch(batches)
-            begun = None if repeats else generators
-            if isinstance(batches, Indexed) and batches.ahead:
-                begun = batches
-            batches = watch(
-                "train_loader", batches, epoch, begin=begin, planned=per_epoch
-            )
-            if max_steps is not None:
-                left = max_steps - (int(opt_state.step) - first_step)
-                batches = first(left, batches)
-            params, opt_state, mean = folding(
-                params,
-                opt_state,
-                batches,
-                mean=mean,
-                on_step=after_step,
-                keep=bool(kept),
-            )
-            batches, folding.params = None, params
-            if not folding.seen_finite:
-                check_state(epoch, opt_state)
-            gate = gate_of(opt_state)
-            passed = int(gate.skipped)
-            if passed > skip_nonfinite:
-                number = int(gate.step)
-                place = number - epoch_step - 1
-                where = _not_finite(
-                    goal, train, begun, place, params, opt_state, precision
-                )
-                raise NonFiniteError(epoch, number, where, SKIP_OR_SMALLER)
-            shown = {**params, **opt_state.ema.params} if opt_state.ema else params
-            if ended == "interrupted":  # pyright: ignore[reportUnnecessaryComparison]
-                break
-            train_loss, n_train = mean.value_and_weight()
-            if int(opt_state.step) - first_step == max_steps and ended is None:
-                ended = "max_steps"
-            if journal is not None:
-                before_row = written(opt_state, epoch - 1, mean)
-                if ended == "max_steps":
-                    journal.save(before_row, generators)
-            mean = None
-            seconds = perf_counter() - start
-            row: dict[str, Any] = {
-                "epoch": epoch,
-                "step": int(opt_state.step),
-                "train_loss": train_loss,
-                "val_loss": None,
-                "lr": schedule.last_rate(opt_state),
-                "seconds": seconds,
-                "n_train": n_train,
-                "n_val": None,
-                **dict.fromkeys(columns),
-            }
-            if opt_state.scale or skip_nonfinite:
-                before, skipped = skipped, int(gate.skipped)
-                if opt_state.scale:
-                    skipped += int(opt_state.scale.skipped)
-                row["skipped"] = skipped - before
-            due = epoch % eval_every == 0 or epoch == epochs or ended is not None
-            if measured and due:
-                bar.validate()
-                try:
-                    for column, prefix, each in measured:
-                        passing = watch(_LOADERS.get(column, column), each, epoch)
-                        frozen_mean, found = fold_metrics(heeding, shown, passing)
-                        row[column], n = frozen_mean.value_and_weight()
-                        if each is val:
-                            row["n_val"] = n
-                        for name, value in found.values().items():
-                            row[prefix + name] = value
-                except _InterruptedError:
-                    ended = "interrupted"
-                    if journal is not None and before_row is not None:
-                        journal.save(before_row, generators)
-                    break
-            history = history.append(row)
-            val_loss = row["val_loss"]
-            if (
-                val_loss is not None
-                and math.isfinite(val_loss)
-                and val_loss < best_loss
-            ):
-                best_loss, best_epoch = val_loss, epoch
-                if restore_best:
-                    best = {name: t.clone() for name, t in shown.items()}
-            opt_state = schedule.after_epoch(
-                opt_state, train_loss if val_loss is None else val_loss
-            )
-            with signals.whole():
-                # Nobody looks between epochs then, and the next pass leaves it alone.
-                unseen = on_epoch is None and schedule.by is None
-                if unseen and folding.returns_new and (updated or not copied):
-                    kept = params, opt_state
-                else:
-                    kept = None
-                targets, sources = list[Tensor](), list[Tensor]()
-                if kept is None or measured:
-                    targets += own.values()
-                    sources += [params[name] for name in own]
-                if kept is None and copied:
-                    held = held_moments(optimizer, own, opt_state) if updated else None
-                    if held is None:
-                        load_opt_state(optimizer, model, opt_state)
-                        updated = True
-                    else:
-                        targets += held[0]
-                        sources += held[1]
-                copy_tensors(targets, sources)
-                schedule.finish_epoch()
-            for plan in plans:
-                plan.end_epoch()
-            bar.end(row)
-            if on_epoch is not None:
-                if on_epoch(EpochRecord(history[-1], params, opt_state)) == "stop":
-                    ended = ended or "on_epoch"
-                opt_state = schedule.follow(opt_state)  # it may have changed rates
-            if patience is not None and patience.lost(row):
-                ended = ended or "early_stopping"
-            if signals.requested is not None and epoch < epochs:
-                ended = ended or "interrupted"
-            step_made = int(opt_state.step)
-            between = ended in (None, "early_stopping", "on_epoch", "interrupted")
-            last = epoch == epochs or ended is not None
-            if (
-                journal is not None
-                and between
-                and (last or journal.due_at_end_of_epoch(step_made))
-            ):
-                generators = Generators.now(train)
-                epoch_step = step_made
-                journal.save(written(opt_state, epoch), generators)
-        validated = any(row["val_loss"] is not None for row in history)
-        no_best = validated and best_epoch is None and ended != "interrupted"
-        with signals.whole():
-            if instance and (not copied or kept or ended == "interrupted"):
-                load_opt_state(optimizer, model, opt_state, copy=copied)
-            if not no_best:
-                params = best if restore_best and best_epoch is not None else shown
-                load_params(model, params)
-            schedule.finish_epoch()
-    except BaseException:
-        with signals.whole():
-            if kept is not None:
-                load_params(model, kept[0])
-                if copied:
-                    load_opt_state(optimizer, model, kept[1])
-            schedule.restore()
-        raise
-    finally:
-        try:
-            stack.close()
-        finally:
-            # No call comes before: at each of them a signal may be heeded.
-            signals.held = True
-            signals.restore()
-    if no_best:
-        raise NonFiniteError(len(history), int(opt_state.step), ["val_loss"], NO_BEST)
-    if progress and len(history) >= ENOUGH:
+    training = Training(
+        goal=goal,
+        optimizer=optimizer,
+        folding=folding,
+        eval_step=eval_step,
+        plans=plans,
+        schedule=schedule,
+        train=train,
+        measured=measured,
+        columns=columns,
+        patience=patience,
+        journal=journal,
+        watch=watch,
+        bar=bar,
+        epochs=epochs,
+        planned=steps_planned if schedule.by == "step" else epochs_planned,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        eval_every=eval_every,
+        restore_best=restore_best,
+        precision=precision,
+        skip_nonfinite=skip_nonfinite,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        never_finite=never_finite,
+        opt_state=opt_state,
+        batches=batches,
+        generators=generators,
+    )
+    del params, opt_state, batches  # or they would be kept beside what follows
+    final = training.run()
+    if progress and len(training.history) >= ENOUGH:
         known = all(in_memory(each) for each in (train, val or []))
         facts = data_facts(model, goal, train, val) if known else None
-        bar.say(str(diagnose(history, facts=facts)))
+        bar.say(str(diagnose(training.history, facts=facts)))
     choice = plans[0].choice
     if choice.compiled:
         choice = choice.with_fold(folding.why_not)
-        choice = choice._replace(products=tuple(_products(plans) or ()))
-        if device_of(params).type == "cuda":
+        choice = choice._replace(products=tuple(products(plans) or ()))
+        if device_of(final).type == "cuda":
             choice = choice.with_replay(folding.why_not_replayed)
     inexact = [] if journal is None else journal.inexact
     return Result(
-        history,
-        params,
-        opt_state,
-        best_epoch,
+        training.history,
+        final,
+        training.opt_state,
+        None if training.best is None else training.best.epoch,
         choice,
-        ended or "finished",
+        training.ended or "finished",
         resume_exact=not inexact,
         resume_reason="; ".join(inexact),
     )
-
-
-def _products(plans: list[CompilePlan]) -> list[str] | None:
-    """The kinds of products that our kernel computes; None if that was not asked."""
-    if not any(plan.choice.compiled for plan in plans):
-        return None
-    from lossloop._products import in_use  # late: it imports the compiler
-
-    kinds = in_use()
-    return None if kinds is None else list(kinds)
-
-
-class _InterruptedError(Exception):
-    """A signal came while validation data were read."""
-
-
-class _Heeding:
-    """An evaluation step that is not made any more once a signal has come."""
-
-    def __init__(self, step: EvalStep, signals: Interruption) -> None:
-        self.metrics = step.metrics
-        self._step = step
-        self._signals = signals
-
-    def __call__(self, params: Params, batch: Batch) -> Any:
-        if self._signals.requested is not None:
-            raise _InterruptedError
-        return self._step(params, batch)
-
-
-def _not_finite(
-    goal: Objective,
-    train: Iterable[Batch],
-    begun: Indexed | Generators | None,
-    place: int,
-    params: Params,
-    opt_state: OptState,
-    precision: Precision,
-) -> list[str]:
-    """What was not finite, found by making the step again that changed nothing.
-
-    Args:
-        goal: The objective.
-        train: The training data, which are read again if need be.
-        begun: The pass, if it gives a batch once more; or the generators at its start;
-            None if neither is known.
-        place: Of the batch in the epoch, from 0.
-        params: Before the step.
-        opt_state: Likewise.
-        precision: Of the run.
-    """
-    unknown = ["loss or gradient"]
-    if isinstance(begun, Indexed):
-        batch = begun.again(place)
-    elif begun is None or is_one_shot(train):
-        return unknown
-    else:
-        with generators_kept(train):
-            begun.put_back(train)
-            batch = next(after(place, read(train)), None)
-    if batch is None:
-        return unknown
-    batch = to_device(batch, device_of(params))
-    where = [f"batch{name}" for name in names_not_finite(batch)]
-    step = int(gate_of(opt_state).step) - 1
-    device = device_of(params)
-    with seeded(mix(int(opt_state.seed), step), device), torch.enable_grad():
-        leaves = {
-            name: t.detach().requires_grad_(name in goal.trainable)
-            for name, t in params.items()
-        }
-        with autocast(precision, params):
-            loss_sum, n, _ = goal.train(leaves, batch)
-        if not math.isfinite(loss_sum.detach()):
-            where.append("loss")
-        trained = {name: leaves[name] for name in goal.trainable}
-        grads = torch.autograd.grad(
-            loss_sum / n, [*trained.values()], allow_unused=True, materialize_grads=True
-        )
-    found = names_not_finite(dict(zip(trained, grads, strict=True)))
-    where += [f"gradient of {name[2:-2]}" for name in found]
-    return where or unknown
 
 
 def _check_checkpoint(checkpoint: Any, save_every: Any, resume: Any) -> None:

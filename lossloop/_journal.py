@@ -140,7 +140,7 @@ class Journal:
             warnings.warn(
                 f"{where}: the run goes on, but not bit for bit as it would have: "
                 f"{'; '.join(self.inexact)}.",
-                stacklevel=4,
+                stacklevel=6,  # the call of fit
             )
 
     def rest_of_epoch(
@@ -264,7 +264,7 @@ class Journal:
         except CheckpointWriteError as error:
             warnings.warn(
                 f"fit: {error} The run goes on, and tries again at the next one.",
-                stacklevel=4,
+                stacklevel=7,  # the call of fit, at the end of an epoch
             )
 
 

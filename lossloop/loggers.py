@@ -15,8 +15,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from lossloop._fit import EpochRecord
 from lossloop._history import History, Row
+from lossloop._training import EpochRecord
 
 __all__ = ["Logger", "csv", "json_lines", "live_plot", "several", "tensorboard"]
 

@@ -1173,7 +1173,7 @@ def test_after_an_interruption_everything_is_at_the_last_finished_epoch(by):
 
 
 def test_a_large_state_is_handed_over_at_the_end_alone(monkeypatch):
-    monkeypatch.setattr("lossloop._fit.LARGEST_COPIED", 10)
+    monkeypatch.setattr("lossloop._training.LARGEST_COPIED", 10)
     model = mlp_on_digits()
     optimizer = torch.optim.Adam(model.parameters())
     batches = list(loaders()[0])

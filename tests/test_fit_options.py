@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
-from lossloop import _compile, _fit, _step
+from lossloop import _compile, _fit, _step, _training
 from lossloop._stopping import EarlyStopping, Patience
 
 
@@ -77,7 +77,7 @@ def test_what_limits_the_steps_leaves_the_compiled_fold():
 
 def test_a_run_ends_when_its_time_is_over(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(_fit, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(_training, "perf_counter", lambda: float(next(clock)))
     result = run(max_seconds=10.0)
     assert result.status == "max_seconds"
     assert 6 < result.history[-1]["step"] < 12
@@ -456,7 +456,7 @@ def everything(count, epochs=2, **options):
 
 
 def test_with_everything_on_no_step_reads_a_value(capsys, reads, monkeypatch):
-    for module in (_fit, _step):  # where nobody waits, the gate may look
+    for module in (_training, _step):  # where nobody waits, the gate may look
         monkeypatch.setattr(module, "on_host", lambda device: False)
     counts = []
     for size in (8, 80):

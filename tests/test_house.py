@@ -27,6 +27,7 @@ FLOORS = [
     {"_products", "_bounds", "_pooling", "_logits"},
     {"_compile", "_plan"},
     {"_scan", "_journal"},
+    {"_training"},
     {"_fit"},
     {"_demo", "benchmark", "probes", "loggers"},
     {"__init__"},

@@ -218,7 +218,7 @@ def test_runs_are_the_same_bit_for_bit(monkeypatch):
         )
 
     ours = run()
-    for module in ("_fold", "_fit"):
+    for module in ("_fold", "_training"):
         monkeypatch.setattr(f"lossloop.{module}.read", iter)
     theirs = run()
     for column in ("train_loss", "val_loss"):

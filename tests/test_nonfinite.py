@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
-from lossloop import _compile, _fit
+from lossloop import _compile, _training
 
 EPOCHS, BATCHES, SIZE = 3, 4, 4
 PLACES = {"first": 1, "middle": 6, "last": 12}  # the step, of twelve
@@ -127,13 +127,13 @@ def run(*fault, without=None, validation=(0, 0, 0.0), **options):
         left.note(record)
 
     with pytest.MonkeyPatch.context() as patch:
-        found = _fit._not_finite
+        found = _training._not_finite
 
         def spied(*args):
             left.state = copied((args[4], args[5].slots))
             return found(*args)
 
-        patch.setattr(_fit, "_not_finite", spied)
+        patch.setattr(_training, "_not_finite", spied)
         try:
             left.result = ll.fit(
                 *(model, ll.objective(model, goal), optimizer, train),
@@ -410,11 +410,13 @@ def test_a_step_of_ones_own_changes_nothing_once_its_gate_is_closed(source, plai
     assert finite(rest)
 
 
-def test_looking_for_what_was_not_finite_moves_no_generator():
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_looking_for_what_was_not_finite_moves_no_generator(in_memory):
     model, states = nn.Linear(3, 2), []
     x, y, _ = tensors("input", 6, "nan")
-    train = DataLoader(TensorDataset(x, y), SIZE, shuffle=True)
-    found = _fit._not_finite
+    data = TensorDataset(x, y)
+    train = DataLoader(data if in_memory else list(data), SIZE, shuffle=True)
+    found = _training._not_finite
 
     def spied(*args):
         states.append((torch.get_rng_state(), random.getstate()))
@@ -423,7 +425,7 @@ def test_looking_for_what_was_not_finite_moves_no_generator():
         return where
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fit, "_not_finite", spied)
+        patch.setattr(_training, "_not_finite", spied)
         with pytest.raises(ll.NonFiniteError, match=r"batch\[0\], loss, gradient"):
             ll.fit(
                 *(model, nn.MSELoss(), ll.optim.SGD(lr=0.1), train),
@@ -476,13 +478,13 @@ def run_compiled(folded, step, **options):
 def test_compiled(folded, monkeypatch):
     """A step is named, and the state is that before it; or it is left out."""
     model, fit = run_compiled(folded, 6)
-    before, states, found = copied(model.state_dict()), [], _fit._not_finite
+    before, states, found = copied(model.state_dict()), [], _training._not_finite
 
     def spied(*args):
         states.append(copied(args[4]))
         return found(*args)
 
-    monkeypatch.setattr(_fit, "_not_finite", spied)
+    monkeypatch.setattr(_training, "_not_finite", spied)
     with pytest.raises(ll.NonFiniteError, match="gradient of weight") as caught:
         fit()
     assert (caught.value.epoch, caught.value.step) == (1, 6)

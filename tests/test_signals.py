@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, RandomSampler
 
 import lossloop as ll
-from lossloop import _files, _fit
+from lossloop import _files, _training
 from lossloop._checkpoint import Checkpoints
 from lossloop._interruption import Interruption
 from lossloop._journal import Journal
@@ -106,12 +106,12 @@ PHASES = {
     "after a step": (Journal, "due", 1, 6),
     "reading a sample": (Noisy, "__getitem__", 10, 54),
     "shuffling": (RandomSampler, "__iter__", 2, 2),
-    "validating": (_fit._Heeding, "__call__", 1, 2),
+    "validating": (_training._Heeding, "__call__", 1, 2),
     "saving": (Journal, "save", 1, 6),
     "writing": (_files.Files, "write", 100, 200),
     "bringing to the disk": (_files.Files, "fsync", 2, 6),
     "scheduling": (ReduceLROnPlateau, "step", 1, 1),
-    "between weights and optimizer": (_fit, "load_opt_state", 1, 1),
+    "between weights and optimizer": (_training, "load_opt_state", 1, 1),
 }
 
 
@@ -211,7 +211,7 @@ def test_one_at_any_call_of_a_save_in_the_background(tmp_path):
 
 def test_one_that_comes_when_all_is_done(alone, tmp_path, monkeypatch):
     """The module is not left with some tensors of the best epoch, some of the last."""
-    load_params, calls = _fit.load_params, []
+    load_params, calls = _training.load_params, []
 
     def and_a_signal(model, params):
         calls.append(params)
@@ -219,7 +219,7 @@ def test_one_that_comes_when_all_is_done(alone, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         load_params(model, params)
 
-    monkeypatch.setattr(_fit, "load_params", and_a_signal)
+    monkeypatch.setattr(_training, "load_params", and_a_signal)
     script = Script(tmp_path)
     result = script()
     assert result.status == "finished"
