@@ -132,6 +132,27 @@ class Plan(Protocol):
         ...
 
 
+def _traced_once(graph: Any) -> AbstractContextManager[Any]:
+    """In which a graph is not traced a second time for nothing.
+
+    To Dynamo a 0-d tensor of float64 on the CPU, as a learning rate is one, is also a
+    number that the graph may read. Where it reads none, torch's pass for such numbers
+    finds them unused, and has all of it traced again without them.
+
+    Args:
+        graph: What was traced.
+    """
+    for node in graph.graph.nodes:
+        if isinstance(node.meta.get("example_value"), torch.SymFloat):
+            return nullcontext()
+    pass_ = "graph_compile._apply_tensorify_python_scalars"
+    return patch(f"torch._functorch._aot_autograd.{pass_}", new=_nothing, create=True)
+
+
+def _nothing(graph: Any) -> None:
+    """A pass that changes nothing."""
+
+
 def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     """torch.compile's own back end, set up for steps.
 
@@ -239,7 +260,8 @@ class Graph:
         if not self._seeded:
             raise _MustCompileError
         self._compilations += 1
-        code = self._backend(graph, inputs)
+        with _traced_once(graph):
+            code = self._backend(graph, inputs)
         if self._pool is None or not self._pool.serves(inputs):
             return code
         replay = Replay(code, graph, self._batch, self._pool)

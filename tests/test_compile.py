@@ -94,6 +94,38 @@ def test_rates_and_betas_do_not_recompile():
     assert optimizer.param_groups[0]["lr"] == 1.0
 
 
+class ReadsItsScale(nn.Module):
+    """Whose step has a number in it that a tensor held."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.register_buffer("scale", torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale.item()
+
+
+@pytest.mark.parametrize("kind", [mlp, ReadsItsScale])
+def test_a_graph_is_traced_again_only_if_it_reads_a_number(kind):
+    graphs, back_end = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return back_end(graph, inputs)
+
+    model, data = kind(), (torch.randn(6, 5), torch.randint(0, 3, (6,)))
+    step, params, opt_state = start(model, backend=counted)
+    plain = ll.make_step(ll.supervised(model, nn.CrossEntropyLoss()), torch.optim.Adam)
+    for scale in (2.0, 0.5, -3.0):
+        if "scale" in params:
+            params["scale"] = torch.tensor(scale, dtype=torch.float64)
+        expected = plain(params, opt_state, data)
+        params, opt_state, loss_sum, _ = step(params, opt_state, data)
+        assert torch.equal(loss_sum, expected[2])
+    assert len(graphs) == (2 if "scale" in params else 1)
+
+
 def test_values_that_the_loss_refers_to_are_not_stale():
     scale = 1.0
     step, params, opt_state = start(
