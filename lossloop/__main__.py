@@ -115,7 +115,7 @@ def _verify(command: argparse.ArgumentParser, options: Any) -> int:
 
 def _bench(command: argparse.ArgumentParser, options: Any) -> int:
     # Imported late: it takes the back end of torch.compile along.
-    from lossloop.benchmark import time_works, works_table
+    from lossloop._pace import time_works, works_table
 
     torch.set_num_threads(options.threads)
     try:

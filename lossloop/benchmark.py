@@ -4,11 +4,11 @@ import copy
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,20 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 from lossloop._compile import compile_step, graphs_compiled
-from lossloop._fit import Result, fit
 from lossloop._losses import is_torch_loss, loss_pair, torch_mean
 from lossloop._machine import machine
 from lossloop._mean import Mean
 from lossloop._model import device_of
 from lossloop._objective import Objective, forward, split_batch, supervised
 from lossloop._optimizers import is_of_torch
-from lossloop._plan import CompileChoice
+from lossloop._pace import Pace, time_works
 from lossloop._scan import LENGTH, CannotScanError, Scan
 from lossloop._step import TrainStep, init, make_step
 from lossloop._types import Batch
-from lossloop._works import Work, tutorial_loop, works
 
 __all__ = ["Comparison", "Form", "Pace", "compare", "time_works"]
 
 _FIRST_STEPS = 3  # whose losses are compared
-_LONG = 5000  # epochs planned, so that all is compiled that pays in a long run
 _AGREES = 1e-3  # relative: they are computed in another order
 
 Run = Callable[[int], list[Tensor]]
@@ -393,133 +390,3 @@ def _library(name: str) -> Any:
         raise ImportError(
             f"This needs {package}. Install it: python -m pip install {package}"
         ) from error
-
-
-# --- the works ------------------------------------------------------------------------
-
-
-class Pace(NamedTuple):
-    """How fast `fit` trains a work, beside the loop of every tutorial.
-
-    Attributes:
-        work: Its name.
-        tutorial: Microseconds per step of the tutorial's loop, of its best epoch.
-        eager: The same of `fit` without compiling.
-        compiled: The same of `fit`, compiled.
-        ratio: How many times as fast as the tutorial's loop the latter is.
-        waited: Seconds from the call of `fit` to the end of its first epoch, compiled.
-        apart: The largest difference of mean losses of the first epoch, relative.
-        choice: What was decided about compiling, and why.
-    """
-
-    work: str
-    tutorial: float
-    eager: float
-    compiled: float
-    ratio: float
-    waited: float
-    apart: float
-    choice: CompileChoice
-
-
-def time_works(names: Sequence[str] | None = None, *, epochs: int = 10) -> list[Pace]:
-    """Trains the works with `fit` and with the loop of every tutorial, by turns.
-
-    All read a shuffling `DataLoader`. Each epoch of `fit` is followed by one of the
-    tutorial's loop, and the best epoch of each counts. Their losses of the first epoch
-    are compared first. `fit` is told of 5,000 epochs, and stopped.
-
-    Args:
-        names: Of the works; default all: "MLP 128", "MLP 1024", "conv net" and
-            "transformer".
-        epochs: How many to make.
-
-    Returns:
-        A `Pace` for each.
-
-    Raises:
-        ValueError: For another name, or if the losses differ.
-
-    Example:
-        >>> from lossloop.benchmark import time_works
-        >>> time_works(["MLP 64"])
-        Traceback (most recent call last):
-        ValueError: time_works: there is no work 'MLP 64'. There are MLP 128, ...
-    """
-    known = works()
-    chosen = list(known) if names is None else list(names)
-    for name in chosen:
-        if name not in known:
-            raise ValueError(
-                f"time_works: there is no work {name!r}. There are {', '.join(known)}."
-            )
-    return [_pace(name, known[name], epochs) for name in chosen]
-
-
-def _pace(name: str, work: Work, epochs: int) -> Pace:
-    hand = work.model()
-    adam = torch.optim.Adam(hand.parameters(), lr=work.rate)
-    loader = work.loader()
-    means: list[float] = []
-    seconds: dict[str, list[float]] = {"tutorial": []}
-    waited: list[float] = []
-
-    def turn(_: object) -> str | None:
-        waited.append(perf_counter())
-        start = perf_counter()
-        means.append(tutorial_loop(hand, loader, adam))
-        seconds["tutorial"].append(perf_counter() - start)
-        return "stop" if len(waited) == epochs else None
-
-    results: dict[bool, Result] = {}
-    begun = 0.0
-    for wish in (False, True):
-        model = work.model()
-        waited.clear()
-        begun = perf_counter()
-        results[wish] = fit(
-            model,
-            nn.CrossEntropyLoss(),
-            torch.optim.Adam(model.parameters(), lr=work.rate),
-            work.loader(),
-            epochs=_LONG,
-            compile=wish,
-            progress=False,
-            on_epoch=turn,
-        )
-    losses = [result.history[0]["train_loss"] for result in results.values()]
-    apart = max(abs(loss - means[0]) for loss in losses) / means[0]
-    if apart > _AGREES:
-        raise ValueError(
-            f"time_works: the first epoch of {name} has the losses {losses} with fit "
-            f"and {means[0]} in the tutorial's loop."
-        )
-    eager, compiled = (
-        1e6 * min(result.history["seconds"]) / work.steps for result in results.values()
-    )
-    tutorial = 1e6 * min(seconds["tutorial"]) / work.steps
-    return Pace(
-        name,
-        tutorial,
-        eager,
-        compiled,
-        tutorial / compiled,
-        waited[0] - begun,
-        apart,
-        results[True].compiled,
-    )
-
-
-def works_table(paces: Sequence[Pace]) -> str:
-    """The paces of some works as a table, with the machine above it."""
-    head = (
-        f"{'us per step':12}{'tutorial loop':>14}{'fit, eager':>12}"
-        f"{'fit, compiled':>15}{'ratio':>7}{'first epoch s':>15}{'losses apart':>14}"
-    )
-    lines = [
-        f"{pace.work:12}{pace.tutorial:14.0f}{pace.eager:12.0f}{pace.compiled:15.0f}"
-        f"{pace.ratio:7.2f}{pace.waited:15.1f}{pace.apart:14.1e}"
-        for pace in paces
-    ]
-    reasons = [f"{pace.work}: {pace.choice.reason}" for pace in paces]
-    return "\n".join([machine(), head, *lines, *reasons])

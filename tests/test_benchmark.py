@@ -10,7 +10,7 @@ from torch import nn
 import lossloop as ll
 from lossloop import benchmark
 from lossloop.__main__ import main
-from lossloop._works import Work, works
+from lossloop._works import works
 from lossloop.benchmark import compare, time_works
 
 BATCH = CASES["mlp"].batch(8)
@@ -114,31 +114,19 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(
         "lossloop._compile.inductor", lambda graph, inputs, **_: graph.forward
     )
-    small = Work(mlp, torch.randn(24, 5), torch.randint(0, 3, (24,)), 8)
-    torch.manual_seed(0)
-    weights = mlp().state_dict()
-
-    def model():
-        made = mlp()
-        made.load_state_dict(weights)
-        return made
-
-    monkeypatch.setattr(
-        benchmark, "works", lambda: {"small": small._replace(model=model)}
-    )
     threads = torch.get_num_threads()
     try:
-        assert main(["bench", "--epochs", "2"]) == 0
+        assert main(["bench", "--work", "MLP 128", "--epochs", "2"]) == 0
     finally:
         torch.set_num_threads(threads)
     _, head, row, reason = capsys.readouterr().out.splitlines()
     assert head.split()[-2:] == ["losses", "apart"]
-    assert row.startswith("small")
-    assert reason == "small: compile=True"
+    assert row.startswith("MLP 128")
+    assert reason == "MLP 128: compile=True"
     with pytest.raises(SystemExit) as caught:
         main(["bench", "--work", "large"])
     assert caught.value.code == 2
-    assert "no work 'large'. There are small" in capsys.readouterr().err
-    monkeypatch.setattr(benchmark, "tutorial_loop", lambda *_: 0.1)
+    assert "no work 'large'. There are MLP 128, MLP" in capsys.readouterr().err
+    monkeypatch.setattr("lossloop._pace._Tutorial.epoch", lambda _: (0.1, 1.0))
     with pytest.raises(ValueError, match="in the tutorial's loop"):
-        time_works(["small"], epochs=1)
+        time_works(["MLP 128"], epochs=1)

@@ -29,7 +29,8 @@ FLOORS = [
     {"_scan", "_journal"},
     {"_training"},
     {"_fit"},
-    {"_demo", "benchmark", "probes", "loggers"},
+    {"_demo", "_pace", "probes", "loggers"},
+    {"benchmark"},
     {"__init__"},
     # Only the command line knows the verifier, which needs Hypothesis.
     {"testing._trees", "testing._factory", "testing._strategies", "testing._search"},
