@@ -166,17 +166,19 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     from lossloop._bounds import Bounds
+    from lossloop._in_turn import InTurn
     from lossloop._isa import vector_options
     from lossloop._logits import Logits
     from lossloop._pooling import Pooling
     from lossloop._products import Products, ours
+    from lossloop._sums import Sums
 
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     on_cpu = all(t.device.type == "cpu" for t in tensors)
     multiplies = on_cpu and any(t.ndim > 1 for t in tensors)
     patches: dict[str, Any] = {
         "size_asserts": False,  # the guards know the sizes of the inputs already
-        "joint_custom_post_pass": Pooling() if on_cpu else Logits(),
+        "joint_custom_post_pass": InTurn(Pooling(), Sums()) if on_cpu else Logits(),
         "post_grad_custom_pre_pass": Bounds(),
         "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
     }

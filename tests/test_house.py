@@ -24,7 +24,7 @@ FLOORS = [
     {"_objective", "optim", "_schedule", "metrics"},
     {"_step", "_fold", "_coupling", "_baseline", "_checkpoint", "_order", "_watch"},
     {"_isa", "_replay", "_inlined"},
-    {"_products", "_bounds", "_pooling", "_logits"},
+    {"_products", "_bounds", "_pooling", "_logits", "_sums", "_in_turn"},
     {"_compile", "_plan"},
     {"_scan", "_journal"},
     {"_training"},
