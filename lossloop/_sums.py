@@ -36,9 +36,9 @@ class Sums(CustomGraphPass):
         """
         for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
             if _is_over_many_rows(total):
-                by_blocks = partial(_by_blocks, shape=total.meta["val"].shape)
                 x, dims = total.args[:2]
-                new = inlined(total, partial(by_blocks, last=len(dims) - 1), x)
+                last, shape = len(dims) - 1, total.meta["val"].shape
+                new = inlined(total, partial(_by_blocks, last=last, shape=shape), x)
                 total.replace_all_uses_with(new)
                 graph.erase_node(total)
 
@@ -64,8 +64,9 @@ def _is_over_many_rows(total: Any) -> bool:
 def _by_blocks(x: Tensor, *, last: int, shape: torch.Size) -> Tensor:
     """The sum over all dimensions up to the last one of the rows."""
     dims, size = [*range(last + 1)], x.shape[last]
-    whole = size - size % min(BLOCK, size)
-    blocks = x.narrow(last, 0, whole).unflatten(last, (-1, min(BLOCK, size)))
+    block = min(BLOCK, size)
+    whole = size - size % block
+    blocks = x.narrow(last, 0, whole).unflatten(last, (-1, block))
     total = blocks.sum(last + 1).sum(dims)
     if whole < size:
         total = total + x.narrow(last, whole, size - whole).sum(dims)
