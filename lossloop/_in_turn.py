@@ -1,4 +1,4 @@
-"""Several passes over a graph, where torch takes one."""
+"""Several passes over a graph, where torch 2.11 takes one."""
 
 from typing import Any
 

@@ -197,10 +197,7 @@ class Training:
         except BaseException:
             with self._signals.whole():
                 if self._kept is not None:
-                    params, opt_state = self._kept
-                    load_params(self.goal.model, params)
-                    if self._copied:
-                        load_opt_state(self.optimizer, self.goal.model, opt_state)
+                    self._load(*self._kept)
                 self.schedule.restore()
             raise
         finally:
@@ -245,10 +242,7 @@ class Training:
                 plan.resume(state, self._done)
         with self._signals.whole():
             self.schedule.resume(rest["schedule"])
-            load_params(self.goal.model, self.params)
-            if self._copied:
-                load_opt_state(self.optimizer, self.goal.model, self.opt_state)
-                self._updated = True
+            self._load(self.params, self.opt_state)
             self.schedule.finish_epoch()
         self._resumed = saved
 
@@ -342,7 +336,7 @@ class Training:
         if self.max_steps is not None:
             made = int(self.opt_state.step) - self._first_step
             batches = first(self.max_steps - made, batches)
-        params, self.opt_state, mean = self.folding(
+        _, self.opt_state, mean = self.folding(
             self.params,
             self.opt_state,
             batches,
@@ -350,7 +344,6 @@ class Training:
             on_step=self._after_step,
             keep=self._kept is not None,
         )
-        self.folding.params = params
         if not self.folding.seen_finite:
             self._check_state(self.opt_state)
         gate = gate_of(self.opt_state)
@@ -363,7 +356,7 @@ class Training:
                 self.train,
                 begun,
                 place,
-                params,
+                self.params,
                 self.opt_state,
                 self.precision,
             )
@@ -473,6 +466,13 @@ class Training:
                 targets += held[0]
                 sources += held[1]
         copy_tensors(targets, sources)
+
+    def _load(self, params: Params, opt_state: OptState) -> None:
+        """Writes a state to the module, and to an instance that is kept up to date."""
+        load_params(self.goal.model, params)
+        if self._copied:
+            load_opt_state(self.optimizer, self.goal.model, opt_state)
+            self._updated = True
 
     def _finish(self) -> Params | None:
         """Leaves module, instance and scheduler as the result has them.

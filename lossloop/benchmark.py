@@ -24,7 +24,7 @@ from lossloop._mean import Mean
 from lossloop._model import device_of
 from lossloop._objective import Objective, forward, split_batch, supervised
 from lossloop._optimizers import is_of_torch
-from lossloop._pace import Pace, time_works
+from lossloop._pace import AGREES, Pace, time_works
 from lossloop._scan import LENGTH, CannotScanError, Scan
 from lossloop._step import TrainStep, init, make_step
 from lossloop._types import Batch
@@ -32,7 +32,6 @@ from lossloop._types import Batch
 __all__ = ["Comparison", "Form", "Pace", "compare", "time_works"]
 
 _FIRST_STEPS = 3  # whose losses are compared
-_AGREES = 1e-3  # relative: they are computed in another order
 
 Run = Callable[[int], list[Tensor]]
 """Makes so many steps, and returns their mean losses."""
@@ -300,7 +299,7 @@ def _timed(
         losses = [float(loss) for loss in (*first, *runs[name](1), *runs[name](1))]
         expected = expected or losses
         apart = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-        if not apart <= _AGREES * max(map(abs, expected)):
+        if not apart <= AGREES * max(map(abs, expected)):
             raise ValueError(
                 f"compare: the first losses differ, so that times would say nothing: "
                 f"{name} has {losses}, {next(iter(runs))} has {expected}. Take dropout "
