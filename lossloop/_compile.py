@@ -167,7 +167,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
 
     from lossloop._bounds import Bounds
     from lossloop._in_turn import InTurn
-    from lossloop._isa import vector_options
+    from lossloop._isa import kernels_for, vector_options
     from lossloop._logits import Logits
     from lossloop._pooling import Pooling
     from lossloop._products import Products, ours
@@ -182,8 +182,11 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
         "post_grad_custom_pre_pass": Bounds(),
         "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
     }
+    settings: Any = torch.compiler.config
+    tag = settings.cache_key_tag
     if on_cpu:
         patches |= vector_options()
+        tag += kernels_for()
     else:
         # With Inductor's own 30 the gradient of a cross entropy may be computed in two
         # parts, of which neither can be written over the logits.
@@ -194,7 +197,10 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
         patches["score_fusion_memory_threshold"] = BYTES_SHARED_BY_UPDATES
     # An operator with graphs of its own has to say that it may be kept in the cache,
     # which that of the loop does not do yet. What is kept goes by the text of them all.
-    with patch.object(while_loop_op, "_cacheable", new=True, create=True):
+    with (
+        patch.object(while_loop_op, "_cacheable", new=True, create=True),
+        settings.patch(cache_key_tag=tag),
+    ):
         return compile_fx(graph, inputs, config_patches=patches | options)
 
 

@@ -1,9 +1,11 @@
-"""The vector instructions that compiled code may have, tried once a machine."""
+"""The vector instructions of compiled code: tried once a machine, part of its name."""
 
 import functools
 import hashlib
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @functools.cache
@@ -35,3 +37,16 @@ def vector_options() -> dict[str, Any]:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
     return {"cpp.vec_isa_ok": True}
+
+
+def kernels_for() -> str:
+    """What Inductor generates kernels for: vector instructions, and threads.
+
+    Its cache knows a graph by neither (by the threads since torch 2.13), only what is
+    compiled of it: found by a machine with shorter vectors, the loops of the longer
+    ones count twice as far as they get, and write beyond the end.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    with config.patch(vector_options()):
+        return f"{cpu_vec_isa.pick_vec_isa()}, {torch.get_num_threads()} threads"

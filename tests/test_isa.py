@@ -1,8 +1,10 @@
 """The vector instructions are tried once, and believed only if all have worked."""
 
 import pytest
+import torch
 from torch._inductor import config, cpu_vec_isa
 
+from lossloop._compile import inductor
 from lossloop._isa import vector_options
 
 KINDS = ["avx512", "avx2"]
@@ -67,3 +69,26 @@ def test_without_a_compiler_there_is_nothing_to_say(tried, monkeypatch):
     monkeypatch.setattr(cpu_vec_isa, "x86_isa_checker", list)
     assert options() == {}
     assert not tried["calls"]
+
+
+def test_the_cache_tells_vectors_and_threads_apart(monkeypatch):
+    tags = []
+
+    def compile_fx(*args, **options):
+        tags.append(torch.compiler.config.cache_key_tag)
+
+    def tag():
+        inductor(None, [torch.ones(2)])
+        return tags[-1]
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    as_it_is = tag()
+    with monkeypatch.context() as context:
+        context.setenv("ATEN_CPU_CAPABILITY", "default")  # no vectors at all
+        assert tag() != as_it_is
+    with monkeypatch.context() as context:
+        context.setattr(torch, "get_num_threads", lambda: 17)
+        assert tag() != as_it_is
+    with torch.compiler.config.patch(cache_key_tag="of the caller's own"):
+        assert tag() == "of the caller's own" + as_it_is
+    assert tag() == as_it_is
