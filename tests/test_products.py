@@ -167,7 +167,9 @@ def test_infinite_and_undefined_numbers_spread_as_in_torch(value, side):
     sides = [torch.randn(40, 300), torch.randn(300, 50)]
     sides[side][17, 33] = value
     sides[1 - side][:, 20] = sides[1 - side][11] = 0.0  # by which nothing is infinite
-    torch.testing.assert_close(OURS(*sides), torch.mm(*sides), equal_nan=True)
+    torch.testing.assert_close(
+        OURS(*sides), torch.mm(*sides), rtol=1e-5, atol=1e-4, equal_nan=True
+    )
 
 
 @pytest.mark.slow
