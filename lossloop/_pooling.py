@@ -139,7 +139,7 @@ def _by_channels(x: Tensor, pooled: Tensor, window: tuple[int, int]) -> Tensor:
 
     # Numbers and no masks, which are written slowly if they are too many operations.
     gradient = torch.where(is_largest(x), pooled, 0.0)
-    number = torch.arange(high * wide).view(high, 1, wide, 1)
+    number = torch.arange(high * wide, device=x.device).view(high, 1, wide, 1)
     for before, place in enumerate(places[:-1]):  # the first of several has it
         has_it = is_largest(place) & (number > before)
         gradient = torch.where(has_it, 0.0, gradient)

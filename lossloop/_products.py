@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
 from lossloop._isa import vector_options
@@ -118,9 +118,9 @@ class Products(CustomGraphPass):
                     ours = kind_of(a, b) in self._ours
                     node.target = torch.ops.lossloop.mm.default if ours else target
 
-    def uuid(self) -> str:
+    def uuid(self) -> Any:
         """What the cache of compiled graphs knows it by."""
-        return f"lossloop: bias apart, 1; products, 1: {self._ours}"
+        return get_hash_for_files((__file__,)), self._ours
 
 
 def _calls(graph: Graph, target: Any) -> Iterator[Node]:
