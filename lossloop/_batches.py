@@ -94,8 +94,14 @@ def length(loader: Iterable[Batch]) -> int | None:
         return None
 
 
+def plain(loader: Any) -> Any:
+    """The loader itself, without padding."""
+    return plain(loader.batches) if isinstance(loader, PaddedLast) else loader
+
+
 def own_generators(loader: Any) -> list[torch.Generator]:
     """The generators of torch that reading a loader may move, each once."""
+    loader = plain(loader)
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = (
         loader,

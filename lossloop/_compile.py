@@ -131,6 +131,11 @@ class Plan(Protocol):
         """In which a graph is compiled, at its first call."""
         ...
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the first shape is compiled."""
+        ...
+
 
 def _traced_once(graph: Any) -> AbstractContextManager[Any]:
     """In which a graph is not traced a second time for nothing.
@@ -416,6 +421,8 @@ class Compiled:
         with seeding():
             result = (self._in_place or self.function)(*args)
         pool, count = self._pool, self._donate
+        if self._plan is not None and not self._plan.compiles:
+            pool = None
         if count and pool is not None and pool.serves(pytree.tree_leaves(args[0])):
             # Captured graphs, of other shapes of batch, know the state by address.
             write(args[:count], result[:count])
@@ -433,9 +440,15 @@ class Compiled:
     def _impossible(
         self, seeding: Seeding, args: tuple[Any, ...], error: Exception
     ) -> Any:
+        if self._donate and isinstance(error, torch.OutOfMemoryError):
+            raise error  # it may have written something already
         # The caller's own mistakes raise here, in plain words.
         result = self._eagerly(seeding, args)
         why = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
+        try:  # torch tells that something was raised, and not what
+            list(pairs(args[: self._donate], result[: self._donate]))
+        except TypeError as plainly:
+            why = str(plainly)
         if self._plan is not None and self._plan.give_up(f"cannot be compiled: {why}"):
             return result
         hint = RNN_HINT if "RNN" in why else ""
@@ -485,15 +498,23 @@ def write(old: Any, new: Any) -> None:
 
 
 def pairs(old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors of two trees of one form, in the order of the first."""
+    """The tensors of two trees of one form, in the order of the first.
+
+    Raises:
+        TypeError: If something else differs, which compiled code cannot carry on.
+    """
     if isinstance(old, Tensor):
         yield old, new
     elif isinstance(old, dict):  # by key: the orders may differ
         for key in old:
             yield from pairs(old[key], new[key])
-    elif old is not None:
+    elif isinstance(old, tuple | list):
         for old_part, new_part in zip(old, new, strict=True):
             yield from pairs(old_part, new_part)
+    elif type(old) is not type(new) or old != new:
+        raise TypeError(
+            f"{old!r} in the state became {new!r}: what changes must be a tensor"
+        )
 
 
 @overload

@@ -207,7 +207,8 @@ def fit(
             it changes in the model is not seen: the run has a copy.
         checkpoint: A directory of the run's own, where it is saved; the last two
             checkpoints are kept. `load` reads them, and safetensors the weights.
-        save_every: Steps after which to save; default, after each epoch.
+        save_every: Steps after which to save, up to 3 % more where they are folded;
+            default, after each epoch.
         resume: Whether to go on from the last checkpoint there that is undamaged, if
             there is one. Everything else must be as it was: what makes it another run
             is refused, and what may round differently is warned of and in the result.
@@ -396,7 +397,7 @@ def fit(
         why_not = "on_step is called after every step"
     elif precision == "fp16":
         why_not = "the loss is scaled"
-    # The calls of a compiled fold end where a checkpoint is due.
+    # A checkpoint is saved between calls of a compiled fold, so these are of one size.
     size = LENGTH
     if save_every is not None:
         size = -(-save_every // -(-save_every // LENGTH))
@@ -443,6 +444,7 @@ def fit(
         max_seconds=max_seconds,
         eval_every=eval_every,
         restore_best=restore_best,
+        accumulate=int(accumulate),
         precision=precision,
         skip_nonfinite=skip_nonfinite,
         on_step=on_step,
@@ -455,13 +457,13 @@ def fit(
     del params, opt_state, batches  # or they would be kept beside what follows
     final = training.run()
     if progress and len(training.history) >= ENOUGH:
-        known = all(in_memory(each) for each in (train, val or []))
+        known = all(in_memory(each) for each in (train, () if val is None else val))
         facts = data_facts(model, goal, train, val) if known else None
         bar.say(str(diagnose(training.history, facts=facts)))
     choice = plans[0].choice
     if choice.compiled:
         choice = choice.with_fold(folding.why_not)
-        choice = choice._replace(products=tuple(products(plans) or ()))
+        choice = choice._replace(products=tuple(products(plans, final) or ()))
         if device_of(final).type == "cuda":
             choice = choice.with_replay(folding.why_not_replayed)
     inexact = [] if journal is None else journal.inexact

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from lossloop._batches import is_one_shot, length
+from lossloop._batches import is_one_shot, length, plain
 from lossloop._checkpoint import CheckpointMismatch, Checkpoints
 from lossloop._files import CheckpointWriteError
 from lossloop._machine import processor
@@ -22,7 +22,6 @@ from lossloop._order import (
     after,
     digest,
     keeps_its_place,
-    plain,
     why_not_exact,
 )
 from lossloop._run import Run

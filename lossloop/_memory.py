@@ -34,8 +34,8 @@ class _Copy(NamedTuple):
     copy: Tensor
 
 
-_Copies = dict[tuple[int, torch.device], _Copy]
-_copies: ContextVar[_Copies | None] = ContextVar("copies on a GPU", default=None)
+Copies = dict[tuple[int, torch.device], _Copy]
+_copies: ContextVar[Copies | None] = ContextVar("copies on a GPU", default=None)
 
 
 @contextmanager
@@ -100,13 +100,23 @@ class Indexed(Iterator[Batch]):
         order = order.to(self._device)
         return [tensor.index_select(0, order) for tensor in self.tensors]
 
-    def move(self, device: torch.device) -> None:
-        """Keeps the samples on a GPU from now on, if they fit into half of its room."""
+    def move(self, device: torch.device, own: Copies | None = None) -> None:
+        """Keeps the samples on a GPU from now on, if they fit into half of its room.
+
+        Args:
+            device: Of the model.
+            own: Those of the pass before, where `copied_once` does not keep them.
+        """
         if device.type != "cuda" or self._device == device:
             return
+        if any(t.is_inference() for t in self.tensors):
+            return  # nobody could tell whether they were written to since
         copies = _copies.get()
-        copies = {} if copies is None else copies
         places = [(id(t), device) for t in self.tensors]
+        if copies is None:
+            copies = {} if own is None else own
+            for place in copies.keys() - {*places}:
+                del copies[place]
         new = {
             place: t
             for place, t in zip(places, self.tensors, strict=True)

@@ -17,14 +17,9 @@ from torch.utils.data import (
     IterableDataset,
 )
 
-from lossloop._batches import PaddedLast, own_generators
+from lossloop._batches import own_generators, plain
 from lossloop._memory import FIXED, Indexed
 from lossloop._types import Batch
-
-
-def plain(loader: Any) -> Any:
-    """The loader itself, without padding."""
-    return plain(loader.batches) if isinstance(loader, PaddedLast) else loader
 
 
 def keeps_its_place(loader: Any) -> bool:
@@ -73,12 +68,12 @@ class Generators(NamedTuple):
     @classmethod
     def now(cls, loader: Any) -> "Generators":
         """Where they are."""
-        own = [g.get_state() for g in own_generators(plain(loader))]
+        own = [g.get_state() for g in own_generators(loader)]
         return cls(own, random.getstate(), np.random.get_state())
 
     def put_back(self, loader: Any) -> None:
         """Puts them there."""
-        generators = own_generators(plain(loader))
+        generators = own_generators(loader)
         for generator, state in zip(generators, self.torch, strict=True):
             generator.set_state(state)
         random.setstate(self.python)

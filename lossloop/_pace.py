@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import NamedTuple
 
@@ -111,8 +112,8 @@ def _pace(name: str, work: Work, epochs: int) -> Pace:
             if results[wish].status == "interrupted":
                 raise KeyboardInterrupt
     losses = [result.history[0]["train_loss"] for result in results.values()]
-    apart = max(abs(loss - means[0]) for loss in losses) / means[0]
-    if not apart <= AGREES:
+    apart = [abs(loss - means[0]) / means[0] for loss in losses]
+    if not all(each <= AGREES for each in apart):  # nor if one is nan
         raise ValueError(
             f"time_works: the first epoch of {name} has the losses {losses} with fit "
             f"and {means[0]} in the tutorial's loop."
@@ -128,7 +129,7 @@ def _pace(name: str, work: Work, epochs: int) -> Pace:
         compiled,
         by_hand / compiled,
         ended[0] - begun,
-        apart,
+        max(apart),
         results[True].compiled,
     )
 
@@ -157,8 +158,15 @@ class _Tutorial:
         """Makes the next epoch, and returns its mean loss and its seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(file=self._process.stdin, flush=True)
-        mean, seconds = json.loads(self._process.stdout.readline())
+        with suppress(BrokenPipeError):
+            print(file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"time_works: the process of the tutorials' loop ended with status "
+                f"{self._process.wait()} before its next epoch; see what it printed."
+            )
+        mean, seconds = json.loads(line)
         return mean, seconds
 
 

@@ -153,72 +153,72 @@ class CompilePlan:
         self._function = function
         self._epochs_left = epochs
         self._batches = batches
-        self._first: Hashable = None
         self._impossible = wish is False
-        self._seen = Counter[Hashable]()
-        self._compiled = set[Hashable]()
-        self._resumed: dict[str, Any] = {}
-        self._recalled = set[Hashable]()
-        self._costs: dict[Hashable, Cost] = {}
+        # Shapes of batches go by names, which another process can be told.
+        self._names: dict[Hashable, str] = {}
+        self._first: str | None = None
+        self._seen = Counter[str]()
+        self._compiled = set[str]()
+        self._costs: dict[str, Cost] = {}
         why = "no batch has come yet" if wish else "compile=False"
         self.choice = CompileChoice(compiled=False, reason=why)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first shape is compiled."""
+        return self.choice.compiled
 
     def end_epoch(self) -> None:
         """Tells that one epoch less is to come."""
         self._epochs_left -= 1
         self._seen.clear()
-        if self._resumed:
-            self._resumed["seen"] = {}
 
     def state(self) -> dict[str, Any]:
         """What was decided, for `resume`."""
         return {
             "choice": list(self.choice[:2]),
-            "first": None if self._first is None else repr(self._first),
-            "compiled": sorted(map(repr, self._compiled)),
-            "seen": {repr(shape): count for shape, count in self._seen.items()},
+            "first": self._first,
+            "compiled": sorted(self._compiled),
+            "seen": dict(self._seen),
             "impossible": self._impossible,
         }
 
-    def resume(self, state: dict[str, Any], epochs: int) -> None:
-        """Goes on from what was decided in another process, so many epochs ago.
+    def resume(self, epochs: int, state: dict[str, Any] | None) -> None:
+        """Goes on where another process was.
 
         Compiled steps and eager ones round differently, so that a run is exact only if
         every shape of batch is treated as it was.
+
+        Args:
+            epochs: That have ended there.
+            state: What was decided there; None to decide anew.
         """
         self._epochs_left -= epochs
-        self._impossible = state["impossible"]
+        if state is None:
+            return
+        self._impossible, self._first = state["impossible"], state["first"]
+        self._compiled, self._seen = set(state["compiled"]), Counter(state["seen"])
         compiles, reason, *_ = state["choice"]
         self.choice = CompileChoice(compiles, reason)
-        self._resumed = {**state, "seen": dict(state["seen"])}
 
     def is_first(self, shape: Hashable) -> bool:
         """Whether a shape of batch is the first that came, or would be."""
-        first = self._resumed.get("first") or repr(self._first or shape)
-        return repr(shape) == first
+        return self._first in (None, self._name(shape))
 
-    def _recall(self, shape: Hashable) -> None:
-        """What the other process knew of a shape that has not come in this one."""
-        if not self._resumed or shape in self._recalled:
-            return
-        self._recalled.add(shape)
-        name = repr(shape)
-        self._seen[shape] = self._resumed["seen"].pop(name, 0)
-        if name in self._resumed["compiled"]:
-            self._compiled.add(shape)
-        first = self._resumed["first"]
-        if first is not None and (self._first is None or name == first):
-            self._first = shape if name == first else first
+    def _name(self, shape: Hashable) -> str:
+        if shape not in self._names:
+            self._names[shape] = repr(shape)
+        return self._names[shape]
 
     def worth(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         """Whether to compile for this shape of batch, of which one is to run now."""
-        compiles = self._worth(shape, args)
+        name = self._name(shape)
+        compiles = self._worth(name, args)
         if compiles:
-            self._compiled.add(shape)
+            self._compiled.add(name)
         return compiles
 
-    def _worth(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
-        self._recall(shape)
+    def _worth(self, shape: str, args: tuple[Any, ...]) -> bool:
         new = self._first is None
         if new:
             self._first = shape
@@ -257,16 +257,15 @@ class CompilePlan:
     def worth_folding(self, shape: Hashable, args: tuple[Any, ...]) -> bool:
         """Whether to make many steps in one call."""
         device = pytree.tree_leaves(args)[0].device.type
-        return self._cost(shape, args).elements <= LARGEST_FOLDED_STEP[device]
+        cost = self._cost(self._name(shape), args)
+        return cost.elements <= LARGEST_FOLDED_STEP[device]
 
-    def _cost(self, shape: Hashable, args: tuple[Any, ...]) -> Cost:
+    def _cost(self, shape: str, args: tuple[Any, ...]) -> Cost:
         if shape not in self._costs:
             self._costs[shape] = count_cost(self._function, args)
         return self._costs[shape]
 
-    def _judge(
-        self, shape: Hashable, args: tuple[Any, ...], expected: int
-    ) -> CompileChoice:
+    def _judge(self, shape: str, args: tuple[Any, ...], expected: int) -> CompileChoice:
         if expected < FEWEST_STEPS:
             why = f"{expected} steps planned, fewer than {FEWEST_STEPS}"
             return CompileChoice(compiled=False, reason=why)

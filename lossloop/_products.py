@@ -204,14 +204,22 @@ def _remembered(threads: int) -> dict[str, float]:
     facts = (processor(), threads, torch.__version__, SOURCE, KINDS)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     note = Path(cache_dir()) / f"lossloop-products-{digest[:16]}"
-    if not note.exists():
+    try:
+        return json.loads(note.read_text())
+    except ValueError:  # half of one
+        note.unlink(missing_ok=True)
+    except OSError:  # there is none yet
+        pass
+    times = {kind: measured(kind) for kind in KINDS}
+    with suppress(OSError):  # without a note another process measures again
         note.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=note.parent) as own:
             draft = Path(own) / "note"
-            draft.write_text(json.dumps({kind: measured(kind) for kind in KINDS}))
-            with suppress(FileExistsError):  # another process was first: its note holds
+            draft.write_text(json.dumps(times))
+            with suppress(FileExistsError):  # another was first: its note holds
                 os.link(draft, note)
-    return json.loads(note.read_text())
+        return json.loads(note.read_text())
+    return times
 
 
 def measured(kind: str) -> float:

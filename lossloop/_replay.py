@@ -158,10 +158,11 @@ class Replay:
         return self._code(*inputs)
 
     def _capture(self, inputs: Sequence[Tensor]) -> Captured | None:
-        still = [
-            t.clone() if place in self._copied else t for place, t in enumerate(inputs)
-        ]
         try:
+            still = [
+                _twin(t) if place in self._copied else t
+                for place, t in enumerate(inputs)
+            ]
             self._captured = self._pool.capture(self._code, still)
         except Exception as error:  # nothing has run yet
             why = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -184,6 +185,18 @@ class Replay:
     def _give_up(self, why: str) -> None:
         _log.info("lossloop: kernels of a step are launched one by one: %s", why)
         self.why_not, self._captured, self._inputs = why, None, ()
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, for which the code is compiled.
+
+    Raises:
+        RuntimeError: If elements share their memory.
+    """
+    twin = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return twin.copy_(tensor)
 
 
 def _why_not(inputs: Sequence[Any]) -> str | None:

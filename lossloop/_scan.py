@@ -26,7 +26,7 @@ from lossloop._compile import (
 from lossloop._fold import EndPass, fold
 from lossloop._gate import grand_total
 from lossloop._mean import Mean
-from lossloop._memory import Indexed, read
+from lossloop._memory import Copies, Indexed, read
 from lossloop._model import device_of
 from lossloop._plan import CompilePlan
 from lossloop._random import seeded
@@ -93,7 +93,8 @@ class Scan:
 
         Raises:
             CannotScanError: If it draws random numbers on the CPU: those of a step are
-                seeded by its number, and in a graph no generator can be seeded.
+                seeded by its number, and in a graph no generator can be seeded. If
+                something in the state changes that is no tensor.
         """
         *state, batch = args
         device = device_of(args[0])
@@ -103,10 +104,13 @@ class Scan:
             *new, _, n = function(*state, batch)
             if self.loops and scope.drew_since(before):
                 raise CannotScanError("random numbers are drawn")
-        old, self._form = pytree.tree_flatten(state)
         # Its dicts give the order of the keys, which another state's may not have.
-        self._like = pytree.tree_unflatten([t.new_empty(0) for t in old], self._form)
-        results = [result for _, result in pairs(state, new)]
+        self._like = pytree.tree_map_only(Tensor, lambda t: t.new_empty(0), state)
+        self._leaves, self._form = pytree.tree_flatten(self._like)
+        try:
+            old, results = zip(*pairs(state, new), strict=True)
+        except TypeError as error:
+            raise CannotScanError(str(error)) from error
         self._size = len(batch[0])
         self._counts = not n.is_floating_point()
         self._carried = [i for i, t in enumerate(results) if t is not old[i]]
@@ -178,7 +182,7 @@ class Scan:
                 total, weight, *end = self._graph(Unseeded, args)
             for place, tensor in zip(self._carried, end, strict=True):
                 leaves[place] = tensor
-            return *pytree.tree_unflatten(leaves, self._form), Mean(total, weight)
+            return *self._state(leaves), Mean(total, weight)
         sums = self._sums
         with torch.no_grad():
             self._place.zero_()
@@ -191,6 +195,12 @@ class Scan:
                 call(partial(seeding, step), args)
                 self.made += 1
             return params, carry, Mean(sums.total.clone(), sums.weight.clone())
+
+    def _state(self, leaves: Iterable[Tensor]) -> list[Any]:
+        """Parameters and carry, of these tensors."""
+        tensors = iter(leaves)
+        now = [next(tensors) if isinstance(t, Tensor) else t for t in self._leaves]
+        return pytree.tree_unflatten(now, self._form)
 
     def _step(
         self,
@@ -206,7 +216,7 @@ class Scan:
         now = list(leaves)
         for place, tensor in zip(self._carried, moving, strict=True):
             now[place] = tensor
-        state = pytree.tree_unflatten(now, self._form)
+        state = self._state(now)
         order = orders.index_select(0, i.view(1)).view(-1)
         batch = [tensor.index_select(0, order) for tensor in tensors]
         *new, loss_sum, n = self._function(*state, batch)
@@ -288,6 +298,7 @@ class CompiledFold:
         self._plan = plan
         self._length = length
         self._scan: Scan | None = None
+        self._copies: Copies = {}  # of the data, on a GPU
         self._kept = False  # whether the state may not be written to
         self.why_not = why_not
         self.seen_finite = False
@@ -316,7 +327,7 @@ class CompiledFold:
         self.seen_finite, self._kept = False, keep
         passing = read(as_batches("batches", batches, passes=1))
         if isinstance(passing, Indexed):
-            passing.move(device_of(params))
+            passing.move(device_of(params), self._copies)
         if self._folds(passing, params, opt_state):
             mean = mean or Mean.empty(device_of(params))
             for orders in passing.orders(self._length):
@@ -372,7 +383,7 @@ class CompiledFold:
         if device.type not in ("cpu", "cuda"):
             raise CannotScanError(f"on {device.type} there is no loop")
         if any(tensor.device != device for tensor in passing.tensors):
-            raise CannotScanError("the data do not fit on the GPU")
+            raise CannotScanError("the data are not kept on the GPU")
         try:
             args = (params, opt_state.carry, passing.peek())
         except StopIteration:  # which the fold of nothing will tell, if it is wrong

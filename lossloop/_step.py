@@ -386,7 +386,7 @@ def make_step(
             )
         with autocast(precision, params):
             loss_sum, n, buffers = goal.train({**params, **trained}, batch)
-        mean = loss_sum / _divisor(n)
+        mean = loss_sum / divisor(n)
         return mean * scale.scale if scale else mean, (loss_sum, n, buffers)
 
     gradient = _gradient_of(batch_mean)
@@ -421,9 +421,10 @@ def make_step(
         # What may have to be kept may not have been written to.
         new = descend(now, carry, grads, in_place=False)
 
-        def choose(new: Tensor, old: Tensor) -> Tensor:
+        def choose(new: Any, old: Any) -> Any:
             # What is left alone, like a rate, is not to be returned as something new.
-            return old if new is old else torch.where(passes, new, old)
+            kept = new is old or not isinstance(new, Tensor)
+            return new if kept else torch.where(passes, new, old)
 
         kept = pytree.tree_map(choose, new, (params, carry))
         return kept[0], kept[1]._replace(gate=gate)
@@ -491,7 +492,7 @@ def make_step(
         trained = {name: params[name] for name in so_far}
         grads, (loss_sum, n, buffers) = gradient(trained, params, batch, scale)
         # The gradient of the mean, times n: that of the sum is too large for float16.
-        so_far = {k: t + grads[k] * _divisor(n).to(t.dtype) for k, t in so_far.items()}
+        so_far = {k: t + grads[k] * divisor(n).to(t.dtype) for k, t in so_far.items()}
         return (so_far, scale), buffers, loss_sum, n
 
     def finish(
@@ -503,7 +504,7 @@ def make_step(
     ) -> tuple[Params, Carry]:
         (sums, _), loss_sum, n, buffers = total
         grads = {
-            name: (t / _divisor(n).to(t.dtype)).to(params[name].dtype)
+            name: (t / divisor(n).to(t.dtype)).to(params[name].dtype)
             for name, t in sums.items()
         }
         found = loss_sum, buffers
@@ -629,7 +630,7 @@ def _sum_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def _divisor(n: Tensor) -> Tensor:
+def divisor(n: Tensor) -> Tensor:
     """What to divide by: of an empty batch the gradient is zero, not nan."""
     return torch.where(n == 0, 1, n)
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lossloop._batches import first, generators_kept, is_one_shot, length, to_device
+from lossloop._batches import (
+    first,
+    generators_kept,
+    is_one_shot,
+    length,
+    split,
+    to_device,
+)
 from lossloop._fold import EndPass, fold_metrics
 from lossloop._gate import (
     NonFiniteError,
@@ -36,7 +43,7 @@ from lossloop._random import mix, seeded
 from lossloop._run import Best, Run
 from lossloop._scan import CompiledFold
 from lossloop._schedule import Schedule
-from lossloop._step import EvalStep
+from lossloop._step import EvalStep, divisor
 from lossloop._stopping import Patience
 from lossloop._types import Batch, OptState, Params
 from lossloop._watch import Watch, reading
@@ -122,6 +129,7 @@ class Training:
     max_seconds: float | None
     eval_every: int
     restore_best: bool
+    accumulate: int
     precision: Precision
     skip_nonfinite: int
     on_step: Callable[[StepRecord], object] | None
@@ -141,7 +149,8 @@ class Training:
         self._signals = Interruption()
         self._own = model_params(self.goal.model)
         self._instance = isinstance(self.optimizer, torch.optim.Optimizer)
-        numbers = sum(t.numel() for t in pytree.tree_leaves(self.opt_state))
+        leaves = pytree.tree_leaves(self.opt_state)
+        numbers = sum(t.numel() for t in leaves if isinstance(t, Tensor))
         self._copied = self._instance and numbers <= LARGEST_COPIED
         self._updated = False  # whether load_opt_state has been called
         # The state of the last finished epoch, where module and instance do not have it
@@ -237,9 +246,9 @@ class Training:
         self._started -= rest["seconds"]
         if self.patience is not None and rest["patience"] is not None:
             self.patience.best, self.patience.waited = rest["patience"]
-        if not journal.changed:
-            for plan, state in zip(self.plans, rest["plans"], strict=True):
-                plan.resume(state, self._done)
+        known = [None] * len(self.plans) if journal.changed else rest["plans"]
+        for plan, state in zip(self.plans, known, strict=True):
+            plan.resume(self._done, state)
         with self._signals.whole():
             self.schedule.resume(rest["schedule"])
             self._load(self.params, self.opt_state)
@@ -265,8 +274,9 @@ class Training:
             return
         train_loss, n_train = mean.value_and_weight()
         step = int(self.opt_state.step)
-        if step - self._first_step == self.max_steps and self.ended is None:
-            self.ended = "max_steps"
+        made = step - self._first_step
+        if self.max_steps is not None and made >= self.max_steps:
+            self.ended = self.ended or "max_steps"
         trained = None
         if self.journal is not None:
             trained = self._written(self.opt_state, self._epoch - 1, mean)
@@ -335,7 +345,8 @@ class Training:
         )
         if self.max_steps is not None:
             made = int(self.opt_state.step) - self._first_step
-            batches = first(self.max_steps - made, batches)
+            # Fewer may be asked for than a run has made that is resumed.
+            batches = first(max(self.max_steps - made, 0), batches)
         _, self.opt_state, mean = self.folding(
             self.params,
             self.opt_state,
@@ -359,6 +370,7 @@ class Training:
                 self.params,
                 self.opt_state,
                 self.precision,
+                self.accumulate,
             )
             raise NonFiniteError(self._epoch, number, where, SKIP_OR_SMALLER)
         return mean
@@ -523,7 +535,7 @@ class Training:
                 "schedule": self.schedule.state(),
                 "patience": patience and [patience.best, patience.waited],
                 "plans": [plan.state() for plan in self.plans],
-                "products": products(self.plans),
+                "products": products(self.plans, self.params),
                 "place": self.journal.place(step - self._first_step),
             },
         )
@@ -547,6 +559,7 @@ def _not_finite(
     params: Params,
     opt_state: OptState,
     precision: Precision,
+    accumulate: int,
 ) -> list[str]:
     """What was not finite, found by making the step again that changed nothing.
 
@@ -559,6 +572,8 @@ def _not_finite(
         params: Before the step.
         opt_state: Likewise.
         precision: Of the run.
+        accumulate: Micro-batches that a batch is cut into, which are few enough to fit
+            into memory.
     """
     unknown = ["loss or gradient"]
     if isinstance(begun, Indexed):
@@ -573,28 +588,39 @@ def _not_finite(
         return unknown
     batch = to_device(batch, device_of(params))
     where = [f"batch{name}" for name in names_not_finite(batch)]
-    step = int(gate_of(opt_state).step) - 1
+    step = mix(int(opt_state.seed), int(gate_of(opt_state).step) - 1)
     device = device_of(params)
-    with seeded(mix(int(opt_state.seed), step), device), torch.enable_grad():
-        leaves = {
-            name: t.detach().requires_grad_(name in goal.trainable)
-            for name, t in params.items()
-        }
-        with autocast(precision, params):
-            loss_sum, n, _ = goal.train(leaves, batch)
-        if not math.isfinite(loss_sum.detach()):
-            where.append("loss")
-        trained = {name: leaves[name] for name in goal.trainable}
-        grads = torch.autograd.grad(
-            loss_sum / n, [*trained.values()], allow_unused=True, materialize_grads=True
-        )
-    found = names_not_finite(dict(zip(trained, grads, strict=True)))
-    where += [f"gradient of {name[2:-2]}" for name in found]
-    return where or unknown
+    found = dict[str, None]()
+    micro_batches = split(batch, accumulate) if accumulate > 1 else [batch]
+    for part, micro_batch in enumerate(micro_batches):
+        seed = mix(step, part) if part else step
+        with seeded(seed, device), torch.enable_grad():
+            leaves = {
+                name: t.detach().requires_grad_(name in goal.trainable)
+                for name, t in params.items()
+            }
+            with autocast(precision, params):
+                loss_sum, n, buffers = goal.train(leaves, micro_batch)
+            if not math.isfinite(loss_sum.detach()):
+                found["loss"] = None
+            trained = {name: leaves[name] for name in goal.trainable}
+            grads = torch.autograd.grad(
+                loss_sum / divisor(n),
+                [*trained.values()],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        params = {**params, **buffers}
+        names = names_not_finite(dict(zip(trained, grads, strict=True)))
+        found |= {f"gradient of {name[2:-2]}": None for name in names}
+    return [*where, *found] or unknown
 
 
-def products(plans: list[CompilePlan]) -> list[str] | None:
+def products(plans: list[CompilePlan], params: Params) -> list[str] | None:
     """The kinds of products that our kernel computes; None if that was not asked."""
+    float32 = any(t.dtype is torch.float32 for t in params.values())
+    if not float32 or device_of(params).type != "cpu":
+        return None
     if not any(plan.choice.compiled for plan in plans):
         return None
     from lossloop._products import in_use  # late: it imports the compiler

@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lossloop._batches import (
-    PaddedLast,
     as_batches,
     generators_kept,
     in_order,
@@ -382,7 +381,7 @@ def lr_range_test(
 
     pairs: list[tuple[float, float]] = []
     lowest_mean, diverged = math.inf, False
-    with _in_place(loader):
+    with generators_kept(loader):
         batches = _repeated(f"{where}: loader", loader)
         first = to_device(next(batches), device_of(params))
         goal.check(f"{where}: loader, batch 1", params, first)
@@ -562,7 +561,7 @@ def gradient_noise_scale(
     _check_number(where, "level", level, 0, 1)
     goal, step, params, start = _start(where, model, loss_fn, _GRADIENT, seed)
     device = device_of(params)
-    with _in_place(loader):
+    with generators_kept(loader):
         source = read(as_batches(f"{where}: loader", loader, passes=1))
         kept = [*itertools.islice(source, batches)]
     if len(kept) < _FEWEST_BATCHES:
@@ -1056,7 +1055,7 @@ def compare_models(
         pure.append((model_params(each), body))
     found: list[Tensor] = []
     name = f"{where}: loader"
-    with torch.no_grad(), _in_place(loader):
+    with torch.no_grad(), generators_kept(loader):
         for batch in read(as_batches(name, loader, passes=1)):
             columns: list[Tensor] = []
             for params, body in pure:
@@ -1187,7 +1186,7 @@ def lower_rate(
             for group in opt_state.slots.groups
         )
         now, state = params, opt_state._replace(slots=Slots(groups))
-        with _in_place(loader):
+        with generators_kept(loader):
             for _ in range(epochs):
                 now, state, _ = fold(step, now, state, batches)
         losses.append(fold_eval(eval_step, now, in_order(batches)).value())
@@ -1229,11 +1228,6 @@ def _untold(optimizer: Any) -> Generator[None]:
         del own[name]
 
 
-def _in_place(loader: Any) -> AbstractContextManager[None]:
-    """Puts back the generators that reading moves."""
-    return generators_kept(loader.batches if isinstance(loader, PaddedLast) else loader)
-
-
 def _one_batch(where: str, given: Any) -> Batch:
     """A batch as it is, or the first of a loader, whose generators stay in place."""
     if isinstance(given, list):
@@ -1243,7 +1237,7 @@ def _one_batch(where: str, given: Any) -> Batch:
     if is_batch:
         return given
     name = f"{where}: batch"
-    with _in_place(given):
+    with generators_kept(given):
         for batch in read(as_batches(name, given, passes=1)):
             return batch
     raise no_batches(name)

@@ -1,6 +1,7 @@
 """The benchmark: it times what it says, after having seen the same losses."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -89,6 +90,24 @@ def test_teeth_other_losses_are_not_timed(monkeypatch):
         compare(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, BATCH, **QUICK)
 
 
+def test_losses_that_are_undefined_do_not_agree():
+    too_fast = partial(torch.optim.SGD, lr=1e30)
+    batch = torch.randn(8, 5), torch.randn(8, 3)
+    with pytest.raises(ValueError, match=r"the first losses differ.*(inf|nan)"):
+        compare(mlp(), nn.MSELoss(), too_fast, batch, **QUICK)
+
+
+def test_nested_inputs_are_not_folded():
+    class Two(nn.Linear):
+        def forward(self, one, other):
+            return super().forward(one + other)
+
+    inputs, targets = BATCH
+    batch = (inputs, inputs), targets
+    found = compare(Two(5, 3), nn.CrossEntropyLoss(), torch.optim.SGD, batch, **QUICK)
+    assert list(found.left_out) == ["folded"]
+
+
 @pytest.mark.parametrize("rounds", [0, True, 1.5])
 def test_rounds_are_refused(rounds):
     with pytest.raises(ValueError, match="rounds"):
@@ -127,6 +146,10 @@ def test_the_command(monkeypatch, capsys):
         main(["bench", "--work", "large"])
     assert caught.value.code == 2
     assert "no work 'large'. There are MLP 128, MLP" in capsys.readouterr().err
+    with monkeypatch.context() as context:
+        context.setattr(sys, "executable", "false")
+        with pytest.raises(RuntimeError, match="ended with status 1 before its next"):
+            time_works(["MLP 128"], epochs=1)
     monkeypatch.setattr("lossloop._pace._Tutorial.epoch", lambda _: (0.1, 1.0))
     with pytest.raises(ValueError, match="in the tutorial's loop"):
         time_works(["MLP 128"], epochs=1)

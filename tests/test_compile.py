@@ -5,6 +5,7 @@ import torch
 from cases import CASES, mlp
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
 from lossloop import _compile
@@ -298,6 +299,71 @@ def test_eval_steps_compile():
         ll.compile_step(compiled)
 
 
+def momentum_beside(extra, then):
+    """An optimizer whose state has something beside its tensors."""
+
+    def start(params):
+        return {name: torch.zeros_like(t) for name, t in params.items()}, extra
+
+    def update(grads, state, params):
+        moments = {name: 0.9 * state[0][name] + g for name, g in grads.items()}
+        updates = {name: -0.1 * m for name, m in moments.items()}
+        return updates, (moments, then(state[1]))
+
+    return ll.Optimizer(start, update)
+
+
+@pytest.mark.parametrize("extra", [None, 3, 0.5, "name", ()])
+def test_a_state_may_hold_what_is_no_tensor(extra):
+    optimizer = momentum_beside(extra, lambda old: old)
+    goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step, (params, opt_state) = ll.make_step(goal, optimizer), ll.init(goal, optimizer)
+    donating = ll.compile_step(step, donate=True, backend="aot_eager")
+    state = pytree.tree_map_only(torch.Tensor, torch.clone, [params, opt_state])
+    for _ in range(3):
+        params, opt_state, loss_sum, _ = step(params, opt_state, batch(8))
+        *state, found, _ = donating(*state, batch(8))
+        assert found == loss_sum
+    assert state[1].slots[1] == opt_state.slots[1] == extra
+    data = DataLoader(TensorDataset(*batch(16)), 8)
+    ll.fit(
+        *(goal.model, nn.CrossEntropyLoss(), optimizer, data),
+        **{"epochs": 1, "progress": False, "compile": False},
+    )
+
+
+def test_what_changes_in_a_state_must_be_a_tensor():
+    optimizer = momentum_beside(3, lambda old: old + 1)
+    goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step, state = ll.make_step(goal, optimizer), ll.init(goal, optimizer)
+    assert step(*state, batch(8))[1].slots[1] == 4
+    what = "3 in the state became 4: what changes must be a tensor"
+    with pytest.raises(RuntimeError, match=what):
+        ll.compile_step(step, donate=True, backend="aot_eager")(*state, batch(8))
+    epoch = ll.compile_fold(step, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=what):
+        epoch(*state, DataLoader(TensorDataset(*batch(16)), 8))
+    assert epoch.why_not == what
+
+
+def test_without_memory_a_step_that_donates_is_not_made_again():
+    """It may have written something already."""
+    goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step, state = ll.make_step(goal, torch.optim.SGD), ll.init(goal, torch.optim.SGD)
+    failing = torch.OutOfMemoryError("no memory is left")
+
+    def backend(graph, inputs):
+        def run(*args):
+            raise failing
+
+        return run
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+        ll.compile_step(step, donate=True, backend=backend)(*state, batch(8))
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        ll.compile_step(step, backend=backend)(*state, batch(8))
+
+
 def plan_of(wish, epochs, batches, width=16):
     model = nn.Sequential(nn.Linear(5, width), nn.Linear(width, 3))
     goal = ll.supervised(model, nn.CrossEntropyLoss())
@@ -334,6 +400,31 @@ def test_an_odd_batch_is_compiled_only_if_it_recurs_often():
     plan, args = plan_of(True, 10**7, 100)
     assert plan.worth("full", args(8))
     assert plan.worth("odd", args(5))
+
+
+def test_what_was_decided_is_known_however_often_a_run_is_resumed():
+    plan, args = plan_of(True, 10**7, 100)
+    assert plan.worth("full", args(8))
+    assert plan.worth("odd", args(5))
+    for resumed in range(1, 4):  # few epochs are left, for which none would be compiled
+        before, (plan, args) = plan, plan_of("auto", resumed + 1, 1)
+        plan.resume(resumed, before.state())
+        assert plan.state() == before.state(), "no batch has come yet"
+    assert plan.is_first("full")
+    assert not plan.is_first("odd")
+    assert plan.worth("odd", args(5))
+    before, (plan, args) = plan, plan_of("auto", 5, 1)
+    plan.resume(4, before.state())
+    assert plan.is_first("full")
+    assert plan.worth("full", args(8)), "though only the odd one came in the last"
+    assert plan.choice[:2] == (True, "compile=True")
+
+
+def test_on_another_machine_it_is_decided_anew_for_the_epochs_that_are_left():
+    plan, args = plan_of("auto", 1000, 1000)
+    plan.resume(999, None)
+    assert not plan.worth("full", args(8))
+    assert "1000 steps planned" in plan.choice.reason
 
 
 def test_counting_leaves_generators_alone_and_repeats():

@@ -437,6 +437,45 @@ def test_looking_for_what_was_not_finite_moves_no_generator(in_memory):
     assert before[1] == after[1]
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.filterwarnings("ignore:.*one batch holds")
+def test_looking_moves_no_generator_of_the_loader(padded):
+    x, y, _ = tensors("input", 6, "nan")
+    own = torch.Generator().manual_seed(0)
+    data = DataLoader([*zip(x, y, strict=True)], SIZE, shuffle=True, generator=own)
+    left = []
+    with pytest.raises(ll.NonFiniteError, match=r"batch\[0\], loss, gradient"):
+        ll.fit(
+            *(nn.Linear(3, 2), nn.MSELoss(), ll.optim.SGD(lr=0.1)),
+            ll.pad_last(data) if padded else data,
+            **{"epochs": 1, "progress": False, "compile": False},
+            on_step=lambda record: left.append(own.get_state()),
+        )
+    assert torch.equal(own.get_state(), left[0])
+
+
+def test_looking_takes_no_more_memory_than_the_step():
+    seen = []
+
+    def goal(model, batch):
+        x, y = batch
+        if torch.is_grad_enabled():
+            seen.append(len(x))
+        return ((model(x) - y) ** 2).sum(), torch.tensor(len(x))
+
+    x, y, _ = tensors("input", 6, "nan")
+    model = nn.Linear(3, 2)
+    with pytest.raises(
+        ll.NonFiniteError, match=r"batch\[0\], loss, gradient of weight"
+    ):
+        ll.fit(
+            *(model, ll.objective(model, goal), ll.optim.SGD(lr=0.1)),
+            DataLoader(TensorDataset(x, y), SIZE),
+            **{"epochs": 1, "progress": False, "compile": False, "accumulate": 2},
+        )
+    assert set(seen[-2:]) == {SIZE // 2}
+
+
 # --- compiled -------------------------------------------------------------------------
 
 

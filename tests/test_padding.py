@@ -159,6 +159,13 @@ def test_a_stream_is_padded_too():
     )
 
 
+def test_a_stream_may_be_validated_on_in_a_run_that_is_told_of():
+    """In the end progress tells of overfitting, from data that lie in memory."""
+    for val in (DataLoader(Stream(), 8), ll.pad_last(DataLoader(Stream(), 8))):
+        result = run(model(), val=val, epochs=8, progress=True)
+        assert len(result.history) == 8
+
+
 GROWING = [(X[:2], Y[:2]), (X[:3], Y[:3])]
 NOT_PADDED = {
     "growing": (GROWING, ValueError, "batch 2 has 3 samples, more than the first"),

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
 from lossloop import _products
+from lossloop._plan import CompilePlan
 from lossloop._products import KINDS, SWITCH, Products, kind_of, loaded
+from lossloop._training import products
 
 OURS = torch.ops.lossloop.mm.default
 INFO = Path("/proc/cpuinfo")
@@ -310,6 +312,35 @@ def test_the_note_of_the_process_that_was_first_holds(machine, monkeypatch):
 
     monkeypatch.setattr(_products, "measured", overtaken)
     assert ours() == ()
+
+
+def test_without_links_or_room_for_a_note_it_is_measured_again(machine, monkeypatch):
+    def refused(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(_products.os, "link", refused)
+    assert [ours() for _ in range(2)] == [("narrow",)] * 2
+    assert len(machine["asked"]) == 2 * len(KINDS)
+
+
+def test_half_a_note_is_measured_anew(machine):
+    ours()
+    (note,) = machine["home"].iterdir()
+    note.write_text("")
+    assert [ours() for _ in range(2)] == [("narrow",)] * 2
+    assert len(machine["asked"]) == 2 * len(KINDS)
+    assert json.loads(note.read_text())["narrow"] == 2.0
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_run_that_has_no_such_products_tells_of_none():
+    ours()
+    plan = CompilePlan(lambda: None, wish=True, epochs=1, batches=1)
+    plan.choice = plan.choice._replace(compiled=True)
+    weight = torch.ones(2, 2)
+    assert products([plan], {"weight": weight}) == ["narrow"]
+    assert products([plan], {"weight": weight.double()}) is None
+    assert products([plan], {"weight": weight.to("meta")}) is None
 
 
 def test_it_can_be_switched_off_and_on(machine, monkeypatch):

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
 from lossloop import _compile, _replay, _scan
+from lossloop._compile import Compiled
+from lossloop._plan import CompilePlan
 from lossloop._replay import MOST_MOVES, Captured, Pool
 
 X, Y = CASES["mlp"].batch(22)
@@ -178,6 +180,38 @@ def test_each_shape_is_captured(recorder):
     found = losses(donating(step), copy.deepcopy(state), data)
     assert same(found, losses(step, state, data))
     assert recorder.captures == 2
+
+
+def test_a_batch_with_gaps_is_copied_with_its_gaps(recorder):
+    """The code is compiled for its strides."""
+    step, state = parts()
+    tables = [torch.cat([x, x], 1)[:, :5] for x, _ in batches(4)]
+    gaps = [(x, y) for x, (_, y) in zip(tables, batches(4), strict=True)]
+    donated = donating(step)
+    assert same(
+        losses(donated, copy.deepcopy(state), gaps), losses(step, state, batches(4))
+    )
+    (graph,) = donated.body._graphs.values()
+    assert recorder.captures == 1
+    assert (10, 1) in {t.stride() for t in graph._replay._inputs}
+
+
+def test_a_batch_that_repeats_its_numbers_is_captured_no_more(recorder):
+    step, state = parts()
+    donated = donating(step)
+    repeated = [(x[:1].expand(4, -1), y) for x, y in batches(4)]
+    found = losses(donated, copy.deepcopy(state), repeated)
+    assert same(found, losses(step, state, repeated))
+    assert recorder.captures == 0
+    assert "single memory location" in donated.body.why_not_replayed
+
+
+def test_an_eager_step_moves_nothing_where_nothing_is_captured(recorder):
+    step, state = parts()
+    plan = CompilePlan(step.body.function, wish=False, epochs=1, batches=None)
+    body = Compiled(step.body.function, donate=2, plan=plan, replayed=True)
+    params, *_ = type(step)(body)(*state, batches(1)[0])
+    assert not any(params[name] is t for name, t in state[0].items())
 
 
 def test_what_is_guarded_compiles_again(recorder):
@@ -405,6 +439,27 @@ def test_cuda_data_in_memory_are_copied_once_in_a_run():
         passing.move(device)
         assert passing.tensors[0] is not passes[0][0]
         assert passing.tensors[1] is passes[0][1]
+
+
+@gpu
+def test_cuda_a_fold_of_ones_own_keeps_the_data_there(monkeypatch):
+    """Or else each pass would move them, and the graph of CUDA be given up."""
+    goal = ll.supervised(mlp().cuda(), LOSS)
+    epoch = ll.compile_fold(ll.make_step(goal, torch.optim.SGD), backend="aot_eager")
+    state, data = ll.init(goal, torch.optim.SGD), loader()
+    for _ in range(2 * MOST_MOVES):
+        state = epoch(*state, data)[:2]
+    assert epoch.why_not is None
+    assert epoch.why_not_replayed is None
+
+
+@gpu
+def test_cuda_data_of_inference_stay_where_they_are():
+    with torch.inference_mode():
+        features = X * 2
+    passing = ll._memory.read(DataLoader(TensorDataset(features, Y), 4))
+    passing.move(torch.device("cuda", torch.cuda.current_device()))
+    assert passing.tensors[0] is features
 
 
 class Waits(nn.Module):

@@ -177,6 +177,19 @@ def test_every_batch_of_a_run(model, optimizer, tmp_path, interrupt):
         assert resumed[0].resume_reason == ""
 
 
+@pytest.mark.parametrize("data", [loader, partial(loader, [*zip(X, Y, strict=True)])])
+def test_fewer_steps_may_be_asked_for_than_were_made(data, tmp_path, interrupt):
+    interrupt(5)
+    first = run(tmp_path, data=data)[0]
+    made = int(first.opt_state.step)
+    assert (first.status, len(first.history)) == ("interrupted", 0)
+    for _ in range(2):
+        result = run(tmp_path, data=data, max_steps=3)[0]
+        assert result.status == "max_steps"
+        assert result.history["step"] == [made]
+        assert result.history["n_train"] == [made * 4]
+
+
 @pytest.fixture(scope="module")
 def aot_eager():
     """compile=True without generating code."""
