@@ -244,7 +244,7 @@ MUTATIONS = [
     Mutation(
         "compiled gate keeps the state",
         "_step.py",
-        "            return old if new is old else torch.where(passes, new, old)\n",
+        "            return new if kept else torch.where(passes, new, old)\n",
         "            return new\n",
         f"{OWN_STEP}[gradient-False]",
     ),
