@@ -127,6 +127,10 @@ class Plan(Protocol):
         """Whether to go on eagerly if it cannot be compiled."""
         ...
 
+    def switch_off(self, reason: str, /) -> None:
+        """Takes note that nothing is compiled."""
+        ...
+
     def compiling(self) -> AbstractContextManager[None]:
         """In which a graph is compiled, at its first call."""
         ...
@@ -168,6 +172,7 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     """
     # Imported late: it takes seconds, which a run that is not compiled need not spend.
     from torch._higher_order_ops.while_loop import while_loop_op
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     from lossloop._bounds import Bounds
@@ -181,12 +186,15 @@ def inductor(graph: Any, inputs: Any, **options: Any) -> Any:
     tensors = [t for t in inputs if isinstance(t, Tensor)]
     on_cpu = all(t.device.type == "cpu" for t in tensors)
     multiplies = on_cpu and any(t.ndim > 1 for t in tensors)
-    patches: dict[str, Any] = {
-        "size_asserts": False,  # the guards know the sizes of the inputs already
-        "joint_custom_post_pass": InTurn(Pooling(), Sums()) if on_cpu else Logits(),
-        "post_grad_custom_pre_pass": Bounds(),
-        "post_grad_custom_post_pass": Products(ours() if multiplies else ()),
+    passes = {
+        "joint_custom_post_pass": [Pooling(), Sums()] if on_cpu else [Logits()],
+        "post_grad_custom_pre_pass": [Bounds()],
+        "post_grad_custom_post_pass": [Products(ours() if multiplies else ())],
     }
+    patches: dict[str, Any] = {
+        name: InTurn(getattr(config, name), own) for name, own in passes.items()
+    }
+    patches["size_asserts"] = False  # the guards know the sizes of the inputs already
     settings: Any = torch.compiler.config
     tag = settings.cache_key_tag
     if on_cpu:
@@ -216,6 +224,16 @@ def graphs_compiled() -> int:
 
 class CompiledTooOftenError(RuntimeError):
     """A step was compiled again and again for one shape of batch."""
+
+
+NOT_TRACED = """\
+torch.compile leaves it as it is: it is switched off (TORCH_COMPILE_DISABLE, \
+TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or a mode is active that sees each \
+operator, such as FlopCounterMode"""
+
+
+class NotTracedError(Exception):
+    """What was to be compiled was called as it is, before it did anything."""
 
 
 class _MustCompileError(Exception):
@@ -395,6 +413,8 @@ class Compiled:
             if graph is not None:
                 try:
                     result = graph(seeding, args)
+                except NotTracedError:  # any more
+                    return self._eagerly(seeding, args)
                 except CompiledTooOftenError as error:
                     # Nothing was written yet: it was to be compiled again.
                     if self._plan is None or not self._plan.give_up(str(error)):
@@ -411,6 +431,10 @@ class Compiled:
                 )
                 try:
                     result = graph(seeding, args)
+                except NotTracedError as error:  # which is what was asked for
+                    if self._plan is not None:
+                        self._plan.switch_off(str(error))
+                    return self._eagerly(seeding, args)
                 except Exception as error:
                     return self._impossible(seeding, args, error)
                 self._graphs[shape] = graph
@@ -445,6 +469,8 @@ class Compiled:
         # The caller's own mistakes raise here, in plain words.
         result = self._eagerly(seeding, args)
         why = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
+        if said := re.search(r"^.*\berror: .*$", str(error), re.MULTILINE):
+            why = f"{why}\n{said[0]}"  # of the C++ compiler
         try:  # torch tells that something was raised, and not what
             list(pairs(args[: self._donate], result[: self._donate]))
         except TypeError as plainly:
@@ -452,6 +478,10 @@ class Compiled:
         if self._plan is not None and self._plan.give_up(f"cannot be compiled: {why}"):
             return result
         hint = RNN_HINT if "RNN" in why else ""
+        if torch.is_anomaly_enabled():
+            hint = (
+                "torch.autograd.set_detect_anomaly is on, which cannot be compiled.\n"
+            )
         raise RuntimeError(CANNOT_COMPILE.format(why=why, hint=hint)) from error
 
 
@@ -460,9 +490,15 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Compiled code hangs on the code object, eight entries at most, and all steps of a
     process would share the one of a function inside `make_step`.
+
+    Raises:
+        NotTracedError: From the function, if it is not compiled. A loop would not be
+            one, a generator not be seeded, and a step that donates be made twice.
     """
 
     def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            raise NotTracedError(NOT_TRACED)
         return function(*args)
 
     return FunctionType(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lossloop._batches import is_one_shot, length, plain
 from lossloop._checkpoint import CheckpointMismatch, Checkpoints
 from lossloop._files import CheckpointWriteError
-from lossloop._machine import processor
+from lossloop._machine import matmul_precision, processor
 from lossloop._memory import Indexed, in_memory, read
 from lossloop._order import (
     Generators,
@@ -333,7 +333,7 @@ def _facts(train: Iterable[Batch]) -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "threads": torch.get_num_threads(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "matrix products": torch.get_float32_matmul_precision(),
+        "matrix products": matmul_precision(),
         "batches": length(train),
     }
     if isinstance(own, DataLoader):

@@ -15,6 +15,17 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def matmul_precision() -> str:
+    """Of products of float32 matrices, as torch is set; "mixed" if it cannot say.
+
+    It does not any more once one of the newer settings was used, of one library each.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "mixed"
+
+
 def machine() -> str:
     """Processor or GPU, threads, versions and date, in a line."""
     cuda = torch.cuda.is_available()

@@ -1,7 +1,7 @@
 """What is minimised: a function from parameters and a batch to a loss pair."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,14 @@ Give each torch.autograd.Function a setup_context, take torch.utils.checkpoint a
 saved-tensor hooks out, and do not call requires_grad_() or backward() inside.
 ({error})\
 """
+
+
+BESIDE_THE_MODEL = """\
+the loss depends on {names} of the module itself, and not only through the model that a
+step calls with weights of its own: this part would have no gradient. Take weights from
+the model that is handed over, objective(model, lambda model, batch: ...), as for a
+penalty on them; and do not put a function that holds the module in the place of its
+forward: module.compile() instead of module.forward = torch.compile(module.forward)."""
 
 
 class Checked(NamedTuple):
@@ -173,7 +181,10 @@ class Objective:
                 watched = functools.partial(
                     _watched, model_params(self.model), model, params, batch
                 )
-                first, second = watched(call), watched(call)
+                with torch.set_grad_enabled(train):
+                    first, second = watched(call), watched(call)
+                if first[0].requires_grad:  # not by what it was called with
+                    self._refuse_own(first[0])
                 for one, other in zip(first, second, strict=True):
                     # Some kernels of GPUs add in any order.
                     rtol = 0.0 if one.device.type == "cpu" else 1e-2
@@ -196,6 +207,15 @@ class Objective:
             error.add_note(f"This happened while lossloop looked at {place}.")
             raise
 
+    def _refuse_own(self, loss_sum: Tensor) -> None:
+        own = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(loss_sum, list(own.values()), allow_unused=True)
+        found = [k for k, grad in zip(own, grads, strict=True) if grad is not None]  # pyright: ignore[reportUnnecessaryComparison]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            names = ", ".join(found[:3]) + more
+            raise ValueError(BESIDE_THE_MODEL.format(names=names))
+
     def without_gradient(self, params: Params, batch: Batch) -> set[str]:
         """Names of trainable parameters that this batch's loss does not depend on.
 
@@ -205,16 +225,19 @@ class Objective:
         leaves = {k: params[k].detach().requires_grad_() for k in self.trainable}
         with torch.enable_grad(), seeded(0, device_of(params)):
             loss_sum, _, _ = self.train({**params, **leaves}, _cloned(batch))
-            if not loss_sum.requires_grad:
-                raise ValueError(
-                    "the loss does not depend on any trainable parameter: something "
-                    "between them is detached, or no operator has a derivative."
+            grads: Sequence[Tensor | None] = [None] * len(leaves)
+            if loss_sum.requires_grad:
+                grads = torch.autograd.grad(
+                    loss_sum, list(leaves.values()), allow_unused=True
                 )
-            grads = torch.autograd.grad(
-                loss_sum, list(leaves.values()), allow_unused=True
+        if all(grad is None for grad in grads):
+            raise ValueError(
+                "the loss does not depend on any trainable parameter: something "
+                "between them is detached, no operator has a derivative, or the model "
+                "calls another module than its own."
             )
         found = zip(leaves, grads, strict=True)
-        return {name for name, grad in found if grad is None}  # pyright: ignore[reportUnnecessaryComparison]
+        return {name for name, grad in found if grad is None}
 
 
 def _watched(

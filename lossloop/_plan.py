@@ -243,10 +243,14 @@ class CompilePlan:
         """Takes note that compiling is impossible; whether to go on eagerly."""
         if self._wish is True:
             return False
+        self.switch_off(reason)
+        return True
+
+    def switch_off(self, reason: str) -> None:
+        """Takes note that nothing is compiled."""
         if not self._impossible:
             self._impossible = True
             self.choice = CompileChoice(compiled=False, reason=reason)
-        return True
 
     def worth_fast_calls(self) -> bool:
         """Whether so many steps are planned that even the calls in a fold matter."""

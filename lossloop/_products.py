@@ -18,7 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 
 from lossloop._isa import vector_options
-from lossloop._machine import processor
+from lossloop._machine import matmul_precision, processor
 
 aten = torch.ops.aten
 
@@ -142,8 +142,7 @@ def _setting() -> _Setting:
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "on", "off"):
         raise ValueError(f"{SWITCH} must be auto, on or off, is {switch!r}.")
-    precision = torch.get_float32_matmul_precision()
-    return _Setting(switch, precision, torch.get_num_threads())
+    return _Setting(switch, matmul_precision(), torch.get_num_threads())
 
 
 _known = dict[_Setting, tuple[str, ...]]()

@@ -27,8 +27,9 @@ class Progress:
     def __init__(
         self, *, shown: bool | Literal["plain"], epochs: int, batches: int | None
     ) -> None:
-        self._shown = bool(shown)
-        self._plain = shown == "plain"
+        # Without a console Python has no streams, and print says nothing.
+        self._shown = bool(shown) and sys.stdout is not None
+        self._plain = shown == "plain" or sys.stderr is None
         self._epochs = epochs
         self._batches = batches
         self._bar: Any = None

@@ -16,6 +16,7 @@ from lossloop._batches import as_batches
 from lossloop._compile import (
     Compiled,
     Graph,
+    NotTracedError,
     Unseeded,
     batch_shape,
     compiled,
@@ -446,7 +447,10 @@ class CompiledFold:
                 if scan.made:
                     raise
                 # Nothing was written yet. The caller's own mistakes raise again below.
-                self._give_up(f"{type(error).__name__}: {error}".split("\n\n")[0])
+                known = (
+                    "" if isinstance(error, NotTracedError) else type(error).__name__
+                )
+                self._give_up(f"{known}: {error}".removeprefix(": ").split("\n\n")[0])
             else:
                 if gate and math.isfinite(now.total):
                     self.seen_finite = True

@@ -611,8 +611,9 @@ def _gradient_of(
             mean, rest = function(leaves, params, batch, scale)
         loss_sum, n, buffers = rest
         rest = loss_sum.detach(), n, {k: t.detach() for k, t in buffers.items()}
-        if not mean.requires_grad:
-            return {name: torch.zeros_like(t) for name, t in trained.items()}, rest
+        if not mean.requires_grad:  # autograd sees nothing, as in inference mode
+            grads, (_, rest) = transform(trained, params, batch, scale)
+            return grads, rest
         grads = torch.autograd.grad(
             mean, list(leaves.values()), allow_unused=True, materialize_grads=True
         )

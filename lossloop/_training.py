@@ -603,7 +603,7 @@ def _not_finite(
                 loss_sum, n, buffers = goal.train(leaves, micro_batch)
             if not math.isfinite(loss_sum.detach()):
                 found["loss"] = None
-            trained = {name: leaves[name] for name in goal.trainable}
+            trained = {name: t for name, t in leaves.items() if t.requires_grad}
             grads = torch.autograd.grad(
                 loss_sum / divisor(n),
                 [*trained.values()],

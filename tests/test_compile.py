@@ -1,11 +1,15 @@
 """Compilation: once per shape, never for a rate, never stale; donation is honest."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from cases import CASES, mlp
 from torch import nn
+from torch._inductor import config
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import lossloop as ll
 from lossloop import _compile
@@ -637,13 +641,116 @@ def test_a_step_is_compiled_with_our_passes_and_a_large_one_update_by_update(
     goal = ll.supervised(CASES["mlp"].model(), CASES["mlp"].loss)
     step = ll.compile_step(ll.make_step(goal, torch.optim.Adam))
     step(*ll.init(goal, torch.optim.Adam), CASES["mlp"].batch())
-    passes = patches["joint_custom_post_pass"].passes
-    assert [type(each) for each in passes] == [Pooling, Sums]
+
+    def kinds(name):
+        return [type(each) for each in patches[name].passes]
+
+    assert kinds("joint_custom_post_pass") == [Pooling, Sums]
     assert "realize_opcount_threshold" not in patches
-    assert isinstance(patches["post_grad_custom_pre_pass"], Bounds)
-    assert isinstance(patches["post_grad_custom_post_pass"], Products)
+    assert kinds("post_grad_custom_pre_pass") == [Bounds]
+    assert kinds("post_grad_custom_post_pass") == [Products]
     assert together == ("score_fusion_memory_threshold" not in patches)
     graph = torch.fx.symbolic_trace(nn.Identity())
     _compile.inductor(graph, [torch.ones(2, 2, device="meta")])
-    assert isinstance(patches["joint_custom_post_pass"], Logits)
+    assert kinds("joint_custom_post_pass") == [Logits]
     assert patches["realize_opcount_threshold"] > 30
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "joint_custom_post_pass",
+        "post_grad_custom_pre_pass",
+        "post_grad_custom_post_pass",
+    ],
+)
+def test_passes_of_the_callers_own_are_called_too(name):
+    seen = []
+    x = torch.arange(4.0)
+    with config.patch({name: seen.append}):
+        found = torch.compile(lambda x: (x * x).sum(), backend=_compile.inductor)(x)
+    assert found == x.square().sum()
+    assert len(seen) == 1
+
+
+# --- where torch.compile leaves it as it is -------------------------------------------
+
+
+@contextmanager
+def dynamo_disabled():
+    with torch._dynamo.config.patch(disable=True):
+        yield
+
+
+@contextmanager
+def run_eagerly():
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+LEFT_ALONE = [dynamo_disabled, run_eagerly, lambda: FlopCounterMode(display=False)]
+
+
+@pytest.mark.parametrize("left_alone", LEFT_ALONE)
+def test_what_is_not_compiled_trains_all_the_same(left_alone):
+    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+    goal = ll.supervised(model, nn.CrossEntropyLoss())
+    step, state = ll.make_step(goal, torch.optim.SGD), ll.init(goal, torch.optim.SGD)
+    data = DataLoader(TensorDataset(*batch(16)), 8)
+    expected = ll.fold(step, *state, data)
+    pure = ll.compile_step(step, backend="aot_eager")
+    donating = ll.compile_step(step, donate=True, backend="aot_eager")
+    epoch = ll.compile_fold(step, backend="aot_eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with left_alone():
+        for compiled in (pure, donating):
+            copied = pytree.tree_map_only(torch.Tensor, torch.clone, state)
+            assert same(ll.fold(compiled, *copied, data), expected)
+        assert same(epoch(*state, data), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def same(one, other):
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
+    return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("left_alone", LEFT_ALONE)
+def test_a_fold_that_is_not_compiled_says_why(left_alone):
+    goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step = ll.make_step(goal, torch.optim.SGD)
+    epoch = ll.compile_fold(step, backend="aot_eager")
+    data = DataLoader(TensorDataset(*batch(16)), 8)
+    state = ll.init(goal, torch.optim.SGD)
+    expected = ll.fold(step, *state, data)
+    with left_alone():
+        assert same(epoch(*state, data), expected)
+    assert "it is switched off" in epoch.why_not
+    with left_alone():
+        result = ll.fit(
+            *(goal.model, nn.CrossEntropyLoss(), torch.optim.SGD, data),
+            **{"epochs": 1, "progress": False, "compile": True},
+        )
+    assert not result.compiled.compiled
+    assert "it is switched off" in result.compiled.reason
+    assert same(result.history["train_loss"], [expected[2].value()])
+
+
+def test_what_was_compiled_runs_eagerly_while_that_is_asked_for():
+    """With the numbers that are drawn seeded as ever."""
+
+    def loss(output, target):
+        output = nn.functional.dropout(output, rate)
+        return nn.functional.cross_entropy(output, target, reduction="none")
+
+    rate = 0.0
+    goal = ll.supervised(mlp(), loss)
+    step, state = ll.make_step(goal, torch.optim.SGD), ll.init(goal, torch.optim.SGD)
+    compiled = ll.compile_step(step, backend="aot_eager")
+    compiled(*state, batch(8))
+    generator, rate = torch.get_rng_state(), 0.5
+    with torch.compiler.set_stance("force_eager"):
+        found = [compiled(*state, batch(8)) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert same(found[0], found[1])
+    assert same(found[0], step(*state, batch(8)))

@@ -781,7 +781,53 @@ class Expands(Shares):
         self.register_buffer("view", torch.zeros(1).expand(4))
 
 
+def penalised():
+    """A penalty on the weights of the module itself, which are others in a step."""
+    model = mlp()
+
+    def loss(output, target):
+        losses = nn.functional.cross_entropy(output, target, reduction="none")
+        return losses + model[0].weight.square().sum()
+
+    return {"model": model, "loss_fn": loss}
+
+
+def wrapped(model):
+    """As `torch.compile(model.forward)` does it."""
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+    return model
+
+
+def of_another():
+    """Nothing of it is trained, though something else could be."""
+    scale = torch.ones((), requires_grad=True)
+    return lambda o, y: (
+        scale * nn.functional.cross_entropy(o.detach(), y, reduction="none")
+    )
+
+
 REFUSED = {
+    "a penalty by another way": (
+        penalised(),
+        ValueError,
+        r"depends on 0.weight of the module itself.*objective\(model",
+    ),
+    "forward replaced": (
+        {"model": wrapped(mlp())},
+        ValueError,
+        r"depends on 0.weight, 0.bias, 2.weight and 1 more of.*module.compile\(\)",
+    ),
+    "forward of a part replaced": (
+        {"model": nn.Sequential(wrapped(nn.Linear(5, 3)))},
+        ValueError,
+        "depends on 0.weight, 0.bias of the module itself",
+    ),
+    "nothing of the model": (
+        {"loss_fn": of_another()},
+        ValueError,
+        "does not depend on any trainable",
+    ),
     "shared iterator": (
         {"train_loader": HandsOutOne(), "epochs": 2},
         ValueError,
@@ -1312,3 +1358,12 @@ def test_peeking_at_validation_data_moves_no_generator():
     assert torch.equal(generator.get_state(), before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
     assert (np.random.get_state()[1] == before[2]).all()
+
+
+def test_without_a_console_nothing_is_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    result = ll.fit(
+        *(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)]), epochs=8
+    )
+    assert len(result.history) == 8

@@ -362,6 +362,18 @@ def test_asked_for_less_than_float32_it_keeps_out(monkeypatch):
     assert _products.ours() == ()
 
 
+@pytest.mark.usefixtures("machine")
+def test_where_precision_is_set_by_library_it_keeps_out(monkeypatch):
+    """Then torch does not tell it in one word any more."""
+
+    def mixed():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    assert _products.in_use() is None
+    assert _products.ours() == _products.in_use() == ()
+
+
 @pytest.mark.parametrize("switch", ["auto", "on"])
 def test_without_a_compiler_products_are_torchs(machine, monkeypatch, switch):
     def missing(source):

@@ -130,6 +130,21 @@ def test_the_step_is_that_of_torch(case):
         )
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_inference_mode_changes_nothing(accumulate):
+    """Autograd sees nothing there, and torch.func does."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    goal = ll.supervised(model, nn.CrossEntropyLoss())
+    step = ll.make_step(goal, torch.optim.SGD, accumulate=accumulate)
+    state, batch = ll.init(goal, torch.optim.SGD), CASES["mlp"].batch(8)
+    expected = step(*state, batch)
+    with torch.inference_mode():
+        found = step(*state, batch)
+    for one, other in zip(leaves(found), leaves(expected), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not same(expected[0], state[0])
+
+
 def test_tied_weights_are_one_parameter():
     goal, step, params, opt_state = make("tied")
     assert "embed.weight" in params

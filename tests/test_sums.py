@@ -120,9 +120,13 @@ def test_a_step_has_it_and_learns_the_same(monkeypatch):
 
 
 def test_passes_in_turn_are_known_by_all_of_them():
-    one, other = InTurn(Pooling()), InTurn(Pooling(), Sums())
-    assert one.uuid() != other.uuid() == InTurn(Pooling(), Sums()).uuid()
+    one, other = InTurn(None, [Pooling()]), InTurn(None, [Pooling(), Sums()])
+    assert one.uuid() != other.uuid() == InTurn(None, [Pooling(), Sums()]).uuid()
     order = []
     graph = torch.fx.Graph()
-    InTurn(*(lambda _, i=i: order.append(i) for i in range(3)))(graph)
-    assert order == [0, 1, 2]
+    ours, theirs = ([lambda _, i=i: order.append(i)] for i in range(2))
+    for given in (theirs, theirs[0], None):
+        both = InTurn(given, ours)
+        both(graph)
+        assert both.uuid() is None, "one has no name"
+    assert order == [1, 0, 1, 0, 0]
