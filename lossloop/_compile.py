@@ -11,7 +11,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
-from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    RecompileError,
+    TorchDynamoException,
+)
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
@@ -421,6 +426,13 @@ class Compiled:
                         raise
                     self._graphs.clear()
                     return self._eagerly(seeding, args)
+                except RecompileError:  # which is what was asked for
+                    raise
+                except TorchDynamoException as error:
+                    # Nor here, though it could be compiled for what it had before.
+                    result = self._impossible(seeding, args, error)
+                    self._graphs.clear()
+                    return result
             elif self._runs_eagerly(shape, args):
                 return self._eagerly(seeding, args)
             else:

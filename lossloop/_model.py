@@ -274,14 +274,25 @@ class FunctionalModel:
         Returns:
             What the function returned, and the buffers as the call left them; `params`
             is unchanged, because the module writes to copies.
+
+        Raises:
+            ValueError: If `params` are not those of the module, by name.
         """
+        compiling = torch.compiler.is_compiling()
+        # Compiled code would look at every name again, in each call.
+        if not compiling and params.keys() != self._names:
+            missing = sorted(self._names - params.keys())
+            unknown = sorted(params.keys() - self._names)
+            raise ValueError(
+                f"params: must have the names of the model's tensors; missing: "
+                f"{', '.join(missing) or 'none'}; unknown: "
+                f"{', '.join(unknown) or 'none'}. Start with those of init."
+            )
         given = {name: params[name].clone() for name in self._buffers}
-        tensors = {**params, **given}
-        plain = not torch.compiler.is_compiling() and tensors.keys() == self._names
-        called = self._called if plain else self._called_by_torch
         # The module may assign a buffer a tensor of the batch: a step must not hand
         # that out as state.
-        result, left = called(tensors, args)
+        called = self._called_by_torch if compiling else self._called
+        result, left = called({**params, **given}, args)
         return result, {k: t if t is given[k] else t.clone() for k, t in left.items()}
 
     def _called(self, tensors: Params, args: tuple[Any, ...]) -> tuple[Any, Params]:
@@ -302,7 +313,7 @@ class FunctionalModel:
     def _called_by_torch(
         self, tensors: Params, args: tuple[Any, ...]
     ) -> tuple[Any, Params]:
-        """In a form that can be compiled, and that refuses tensors of other names."""
+        """In a form that can be compiled."""
         own = {f"model.{name}": tensor for name, tensor in tensors.items()}
         result = functional_call(self._body, own, args, tie_weights=self._tied)
         # It leaves in the dictionary what the module assigned meanwhile.

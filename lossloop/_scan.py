@@ -447,10 +447,8 @@ class CompiledFold:
                 if scan.made:
                     raise
                 # Nothing was written yet. The caller's own mistakes raise again below.
-                known = (
-                    "" if isinstance(error, NotTracedError) else type(error).__name__
-                )
-                self._give_up(f"{known}: {error}".removeprefix(": ").split("\n\n")[0])
+                why = f"{type(error).__name__}: {error}".split("\n\n")[0]
+                self._give_up(str(error) if isinstance(error, NotTracedError) else why)
             else:
                 if gate and math.isfinite(now.total):
                     self.seen_finite = True

@@ -754,3 +754,42 @@ def test_what_was_compiled_runs_eagerly_while_that_is_asked_for():
     assert torch.equal(torch.get_rng_state(), generator)
     assert same(found[0], found[1])
     assert same(found[0], step(*state, batch(8)))
+
+
+# --- what cannot be compiled any more -------------------------------------------------
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_can_be_compiled_no_longer_is_told_or_runs_eagerly(donate):
+    """The graph of before is there; what has changed asks for one that cannot be."""
+
+    def loss(output, target):
+        losses = nn.functional.cross_entropy(output, target, reduction="none")
+        return losses if not reads or float(losses.detach().sum()) > 0 else -losses
+
+    reads = False
+    goal = ll.supervised(mlp(), loss)
+    step, state = ll.make_step(goal, torch.optim.SGD), ll.init(goal, torch.optim.SGD)
+    expected = step(*state, batch(8))
+    plan = CompilePlan(step.body.function, wish="auto", epochs=10**7, batches=100)
+    body = step.body.function
+    body = Compiled(body, donate=2 * donate, plan=plan, backend="aot_eager")
+    planned = type(step)(body)
+    by_hand = ll.compile_step(step, donate=donate, backend="aot_eager")
+    for compiled in (planned, by_hand):
+        copied = pytree.tree_map_only(torch.Tensor, torch.clone, state)
+        compiled(*copied, batch(8))
+    assert plan.choice.compiled
+    reads = True
+    copied = pytree.tree_map_only(torch.Tensor, torch.clone, state)
+    with pytest.raises(
+        RuntimeError, match="cannot be compiled as one graph: UserError"
+    ):
+        by_hand(*copied, batch(8))
+    assert same(copied, state)
+    for _ in range(2):
+        copied = pytree.tree_map_only(torch.Tensor, torch.clone, state)
+        assert same(planned(*copied, batch(8)), expected)
+    assert not plan.choice.compiled
+    assert "cannot be compiled: UserError" in plan.choice.reason
+    assert body.compilations == 0
