@@ -2,6 +2,8 @@
 
 import functools
 import re
+import reprlib
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
@@ -232,9 +234,14 @@ class CompiledTooOftenError(RuntimeError):
 
 
 NOT_TRACED = """\
-torch.compile leaves it as it is: it is switched off (TORCH_COMPILE_DISABLE, \
-TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or a mode is active that sees each \
+torch.compile left it as it is: it was switched off (TORCH_COMPILE_DISABLE, \
+TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or a mode was active that sees each \
 operator, such as FlopCounterMode"""
+
+
+# What a state may be made of beside dicts, and what may be in it beside tensors.
+_PARTS = (tuple, list, deque)
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class NotTracedError(Exception):
@@ -308,6 +315,11 @@ class Graph:
             return replay(*inputs)
 
         return call
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it was, in some call."""
+        return self._compilations > 0
 
     @property
     def why_not_replayed(self) -> str | None:
@@ -396,7 +408,7 @@ class Compiled:
     @property
     def compilations(self) -> int:
         """How many shapes of batch have been compiled."""
-        return len(self._graphs)
+        return sum(graph.compiled for graph in self._graphs.values())
 
     @property
     def why_not_replayed(self) -> str | None:
@@ -418,7 +430,10 @@ class Compiled:
             if graph is not None:
                 try:
                     result = graph(seeding, args)
-                except NotTracedError:  # any more
+                except NotTracedError as error:  # any more, or until now
+                    if self._plan is not None:
+                        self._plan.switch_off(str(error))
+                        self._graphs.clear()
                     return self._eagerly(seeding, args)
                 except CompiledTooOftenError as error:
                     # Nothing was written yet: it was to be compiled again.
@@ -446,6 +461,8 @@ class Compiled:
                 except NotTracedError as error:  # which is what was asked for
                     if self._plan is not None:
                         self._plan.switch_off(str(error))
+                    else:
+                        self._graphs[shape] = graph
                     return self._eagerly(seeding, args)
                 except Exception as error:
                     return self._impossible(seeding, args, error)
@@ -491,7 +508,7 @@ class Compiled:
             return result
         hint = RNN_HINT if "RNN" in why else ""
         if torch.is_anomaly_enabled():
-            hint = (
+            hint += (
                 "torch.autograd.set_detect_anomaly is on, which cannot be compiled.\n"
             )
         raise RuntimeError(CANNOT_COMPILE.format(why=why, hint=hint)) from error
@@ -551,17 +568,28 @@ def pairs(old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:
     Raises:
         TypeError: If something else differs, which compiled code cannot carry on.
     """
-    if isinstance(old, Tensor):
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
         yield old, new
-    elif isinstance(old, dict):  # by key: the orders may differ
-        for key in old:
+    elif isinstance(old, dict) and isinstance(new, dict):
+        if old.keys() != new.keys():
+            raise TypeError(
+                f"the keys {[*old]} in the state became {[*new]}: they must stay"
+            )
+        for key in old:  # the orders may differ
             yield from pairs(old[key], new[key])
-    elif isinstance(old, tuple | list):
+    elif isinstance(old, _PARTS) and isinstance(new, _PARTS):
+        if len(old) != len(new):
+            raise TypeError(
+                f"{len(old)} parts in the state became {len(new)}: they must stay"
+            )
         for old_part, new_part in zip(old, new, strict=True):
             yield from pairs(old_part, new_part)
-    elif type(old) is not type(new) or old != new:
+    elif new is not old and (
+        type(new) is not type(old) or not isinstance(old, _PLAIN) or new != old
+    ):
         raise TypeError(
-            f"{old!r} in the state became {new!r}: what changes must be a tensor"
+            f"{reprlib.repr(old)} in the state became {reprlib.repr(new)}: what "
+            f"changes must be a tensor"
         )
 
 
@@ -647,6 +675,15 @@ class Unseeded:
 
     def drew_since(self, states: list[Tensor]) -> bool:
         return False
+
+
+def why_not_traced() -> str | None:
+    """Why torch.compile leaves alone what it is given; None if it does not."""
+    try:
+        Graph(lambda: None, "eager")(Unseeded, ())
+    except NotTracedError as error:
+        return str(error)
+    return None
 
 
 def compiled(

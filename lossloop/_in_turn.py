@@ -3,8 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
+
+# Passes of a kind that torch 2.11 does not have yet.
+_TOLD: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())
 
 
 class InTurn(CustomGraphPass):
@@ -19,12 +23,15 @@ class InTurn(CustomGraphPass):
         """
         several = isinstance(theirs, list | tuple)
         before = [theirs] if theirs is not None and not several else theirs or []
-        self.passes: list[Callable[[Graph], object]] = [*before, *ours]
+        self.passes: list[Callable[..., object]] = [*before, *ours]
 
     def __call__(self, graph: Graph) -> None:
         """Calls each of them."""
         for each in self.passes:
-            each(graph)
+            if isinstance(each, _TOLD):
+                each(graph, is_inference=True)  # autograd has nothing to do with it
+            else:
+                each(graph)
 
     def uuid(self) -> Any:
         """What the cache of compiled graphs knows them by; None if one has no name."""

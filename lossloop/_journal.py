@@ -103,7 +103,7 @@ class Journal:
         best = run.best
         if best is not None and best.params:
             best = best._replace(params=_as(where, "best.params", params, best.params))
-        self._compare(where, {**run.rest["settings"], **self._products(run)})
+        self._compare(where, *self._then_and_now(run))
         self.inexact = list(run.rest["inexact"]) + self.inexact
         if reason := why_not_exact(self._train):
             self.inexact.append(f"train_loader: {reason}")
@@ -112,28 +112,33 @@ class Journal:
         self._saved_at = int(opt_state.step)
         return run._replace(params=params, opt_state=opt_state, best=best)
 
-    def _products(self, run: Run) -> dict[str, Any]:
-        """What computed the matrix products of a compiled run, which round by it."""
-        was = run.rest.get("products")
-        if was is None:
-            return {}
-        from lossloop._products import ours  # late: it imports the compiler
+    def _then_and_now(self, run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings, and what rounds otherwise in the rest of a compiled run."""
+        then, now = {**run.rest["settings"]}, {**self._settings}
+        # Late: these import the compiler.
+        if any(plan["compiled"] for plan in run.rest["plans"]):
+            from lossloop._compile import why_not_traced
 
-        name = "matrix products by lossloop"
-        self._settings[name] = list(ours())
-        return {name: was}
+            then["torch.compile"] = "on"
+            now["torch.compile"] = "switched off" if why_not_traced() else "on"
+        if run.rest.get("products") is not None:
+            from lossloop._products import ours
 
-    def _compare(self, where: str, then: dict[str, Any]) -> None:
-        names = dict.fromkeys([*then, *self._settings])
-        differ = [n for n in names if then.get(n) != self._settings.get(n)]
+            name = "matrix products by lossloop"
+            then[name], now[name] = run.rest["products"], list(ours())
+        return then, now
+
+    def _compare(self, where: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+        names = dict.fromkeys([*then, *now])
+        differ = [name for name in names if then.get(name) != now.get(name)]
         for name in differ:
-            was, now = then.get(name), self._settings.get(name)
+            was, new = then.get(name), now.get(name)
             if name in _IDENTITY:
                 raise CheckpointMismatch(
-                    f"{where} is of another run: {name} was {was!r}, and is {now!r}. "
+                    f"{where} is of another run: {name} was {was!r}, and is {new!r}. "
                     f"Pass what it was made with, or another directory."
                 )
-            self.inexact.append(f"{name} was {was!r}, and is {now!r}")
+            self.inexact.append(f"{name} was {was!r}, and is {new!r}")
         self.changed = bool(differ)
         if differ:
             warnings.warn(

@@ -43,8 +43,9 @@ BESIDE_THE_MODEL = """\
 the loss depends on {names} of the module itself, and not only through the model that a
 step calls with weights of its own: this part would have no gradient. Take weights from
 the model that is handed over, objective(model, lambda model, batch: ...), as for a
-penalty on them; and do not put a function that holds the module in the place of its
-forward: module.compile() instead of module.forward = torch.compile(module.forward)."""
+penalty on them; detach what is meant as a constant; and do not keep functions in a
+module that hold it, or another of its parts (a lambda, or what torch.compile returns
+for its forward: module.compile() instead)."""
 
 
 class Checked(NamedTuple):
@@ -182,9 +183,12 @@ class Objective:
                     _watched, model_params(self.model), model, params, batch
                 )
                 with torch.set_grad_enabled(train):
-                    first, second = watched(call), watched(call)
-                if first[0].requires_grad:  # not by what it was called with
-                    self._refuse_own(first[0])
+                    first = watched(call)
+                    if first[0].requires_grad:  # not by what it was called with
+                        self._refuse_own(first[0])
+                    # One graph of autograd at a time.
+                    first = tuple(t.detach() for t in first)
+                    second = tuple(t.detach() for t in watched(call))
                 for one, other in zip(first, second, strict=True):
                     # Some kernels of GPUs add in any order.
                     rtol = 0.0 if one.device.type == "cpu" else 1e-2

@@ -1,8 +1,8 @@
 """Whether to compile: decided from counts before the first step, never from clocks."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator, Hashable
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -136,7 +136,6 @@ class CompilePlan:
 
     Attributes:
         choice: About the first shape, once it has come.
-        compiling: Makes a context in which a graph is compiled.
     """
 
     def __init__(
@@ -148,7 +147,8 @@ class CompilePlan:
         batches: int | None,
         announced: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.compiling = announced
+        self._announced = announced
+        self._has_compiled = False
         self._wish = wish
         self._function = function
         self._epochs_left = epochs
@@ -239,6 +239,13 @@ class CompilePlan:
             self.choice = self._judge(shape, args, expected)
         return self.choice.compiled
 
+    @contextmanager
+    def compiling(self) -> Generator[None]:
+        """In which a graph is compiled."""
+        with self._announced():
+            yield
+        self._has_compiled = True
+
     def give_up(self, reason: str) -> bool:
         """Takes note that compiling is impossible; whether to go on eagerly."""
         if self._wish is True:
@@ -250,6 +257,8 @@ class CompilePlan:
         """Takes note that nothing is compiled."""
         if not self._impossible:
             self._impossible = True
+            if self._has_compiled:
+                reason = f"compiled at first, and then no more: {reason}"
             self.choice = CompileChoice(compiled=False, reason=reason)
 
     def worth_fast_calls(self) -> bool:

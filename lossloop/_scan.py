@@ -443,12 +443,13 @@ class CompiledFold:
                 new, carry, now = scan(
                     params, opt_state.carry, mean, passing.tensors, orders, seeding
                 )
+            except NotTracedError as error:
+                self._give_up(str(error))
             except Exception as error:
                 if scan.made:
                     raise
                 # Nothing was written yet. The caller's own mistakes raise again below.
-                why = f"{type(error).__name__}: {error}".split("\n\n")[0]
-                self._give_up(str(error) if isinstance(error, NotTracedError) else why)
+                self._give_up(f"{type(error).__name__}: {error}".split("\n\n")[0])
             else:
                 if gate and math.isfinite(now.total):
                     self.seen_finite = True

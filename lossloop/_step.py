@@ -423,8 +423,9 @@ def make_step(
 
         def choose(new: Any, old: Any) -> Any:
             # What is left alone, like a rate, is not to be returned as something new.
-            kept = new is old or not isinstance(new, Tensor)
-            return new if kept else torch.where(passes, new, old)
+            if isinstance(new, Tensor) and new is not old:
+                return torch.where(passes, new, old)
+            return new if new is not old and passes else old
 
         kept = pytree.tree_map(choose, new, (params, carry))
         return kept[0], kept[1]._replace(gate=gate)

@@ -603,6 +603,9 @@ def _not_finite(
                 loss_sum, n, buffers = goal.train(leaves, micro_batch)
             if not math.isfinite(loss_sum.detach()):
                 found["loss"] = None
+            params = {**params, **buffers}
+            if not loss_sum.requires_grad:  # in inference mode
+                continue
             trained = {name: t for name, t in leaves.items() if t.requires_grad}
             grads = torch.autograd.grad(
                 loss_sum / divisor(n),
@@ -610,7 +613,6 @@ def _not_finite(
                 allow_unused=True,
                 materialize_grads=True,
             )
-        params = {**params, **buffers}
         names = names_not_finite(dict(zip(trained, grads, strict=True)))
         found |= {f"gradient of {name[2:-2]}": None for name in names}
     return [*where, *found] or unknown

@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from lossloop._compile import compile_step, graphs_compiled
+from lossloop._compile import compile_step, graphs_compiled, why_not_traced
 from lossloop._losses import is_torch_loss, loss_pair, torch_mean
 from lossloop._machine import machine
 from lossloop._mean import Mean
@@ -163,7 +163,7 @@ def compare(
 
     Raises:
         ValueError: If `rounds` is no int of at least 1, or a form gives other losses.
-        RuntimeError: If the step cannot be compiled.
+        RuntimeError: If the step cannot be compiled, or nothing is.
 
     Example:
         >>> from lossloop.benchmark import compare
@@ -177,6 +177,8 @@ def compare(
     """
     if isinstance(rounds, bool) or not hasattr(rounds, "__index__") or rounds < 1:
         raise ValueError(f"compare(rounds=...) must be at least 1, got {rounds!r}.")
+    if why := why_not_traced():
+        raise RuntimeError(f"compare: there is nothing to compare: {why}.")
     model, optimizer = copy.deepcopy((model, optimizer))
     goal = loss_fn if isinstance(loss_fn, Objective) else supervised(model, loss_fn)
     step = make_step(goal, optimizer)

@@ -244,8 +244,8 @@ MUTATIONS = [
     Mutation(
         "compiled gate keeps the state",
         "_step.py",
-        "            return new if kept else torch.where(passes, new, old)\n",
-        "            return new\n",
+        "                return torch.where(passes, new, old)\n",
+        "                return new\n",
         f"{OWN_STEP}[gradient-False]",
     ),
     Mutation(

@@ -108,6 +108,16 @@ def test_nested_inputs_are_not_folded():
     assert list(found.left_out) == ["folded"]
 
 
+def test_where_nothing_is_compiled_there_is_nothing_to_compare():
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(
+            RuntimeError, match="compare: there is nothing to compare: torch"
+        ),
+    ):
+        compare(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, BATCH, **QUICK)
+
+
 @pytest.mark.parametrize("rounds", [0, True, 1.5])
 def test_rounds_are_refused(rounds):
     with pytest.raises(ValueError, match="rounds"):

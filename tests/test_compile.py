@@ -1,12 +1,17 @@
 """Compilation: once per shape, never for a rate, never stale; donation is honest."""
 
+import math
+import re
+from collections import deque
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, mlp
 from torch import nn
-from torch._inductor import config
+from torch._inductor import config, custom_graph_pass
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +21,7 @@ from lossloop import _compile
 from lossloop._bounds import Bounds
 from lossloop._compile import Compiled
 from lossloop._logits import Logits
-from lossloop._plan import CompilePlan, count_cost, has_rnn
+from lossloop._plan import CompileChoice, CompilePlan, count_cost, has_rnn
 from lossloop._pooling import Pooling
 from lossloop._products import Products
 from lossloop._sums import Sums
@@ -317,7 +322,7 @@ def momentum_beside(extra, then):
     return ll.Optimizer(start, update)
 
 
-@pytest.mark.parametrize("extra", [None, 3, 0.5, "name", ()])
+@pytest.mark.parametrize("extra", [None, 3, 0.5, math.nan, "name", (), torch.float32])
 def test_a_state_may_hold_what_is_no_tensor(extra):
     optimizer = momentum_beside(extra, lambda old: old)
     goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
@@ -328,7 +333,7 @@ def test_a_state_may_hold_what_is_no_tensor(extra):
         params, opt_state, loss_sum, _ = step(params, opt_state, batch(8))
         *state, found, _ = donating(*state, batch(8))
         assert found == loss_sum
-    assert state[1].slots[1] == opt_state.slots[1] == extra
+    assert repr(state[1].slots[1]) == repr(opt_state.slots[1]) == repr(extra)
     data = DataLoader(TensorDataset(*batch(16)), 8)
     ll.fit(
         *(goal.model, nn.CrossEntropyLoss(), optimizer, data),
@@ -348,6 +353,96 @@ def test_what_changes_in_a_state_must_be_a_tensor():
     with pytest.raises(RuntimeError, match=what):
         epoch(*state, DataLoader(TensorDataset(*batch(16)), 8))
     assert epoch.why_not == what
+
+
+@dataclass(eq=False)
+class Moments:
+    """A container that torch does not know."""
+
+    by_name: dict[str, torch.Tensor]
+
+
+def in_a(container):
+    """An optimizer that keeps its last gradients in one."""
+
+    def start(params):
+        return container({name: torch.zeros_like(t) for name, t in params.items()})
+
+    def update(grads, state, params):
+        return {name: -0.1 * g for name, g in grads.items()}, container(grads)
+
+    return ll.Optimizer(start, update)
+
+
+def growing(params):
+    return ({name: torch.zeros_like(t) for name, t in params.items()},)
+
+
+def grown(grads, state, params):
+    return {name: -0.1 * g for name, g in grads.items()}, (*state, torch.ones(()))
+
+
+def warm(params):
+    return {"warm": torch.ones(()), "steps": torch.zeros(())}
+
+
+def warmed(grads, state, params):
+    return {name: -0.1 * g for name, g in grads.items()}, {"steps": state["steps"]}
+
+
+CHANGING = {
+    "grows": (ll.Optimizer(growing, grown), "1 parts in the state became 2"),
+    "loses a key": (
+        ll.Optimizer(warm, warmed),
+        r"\['warm', 'steps'\] in .* \['steps'\]",
+    ),
+    "own container": (in_a(Moments), r"Moments.* in the state became .*Moments"),
+    "numpy": (in_a(lambda params: np.ones(3)), r"array\(.* in the state became array"),
+}
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_state_of_changing_form_trains_eagerly_and_is_told(name, folds, monkeypatch):
+    optimizer, what = CHANGING[name]
+    goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step, state = ll.make_step(goal, optimizer), ll.init(goal, optimizer)
+    expected = step(*state, batch(8))[0]
+    compiled = ll.compile_step(step, donate=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=what):
+        compiled(*state, batch(8))
+    data = DataLoader(TensorDataset(*batch(8)), 8)
+    worth = CompileChoice(compiled=True, reason="it is worth it")
+    monkeypatch.setattr(CompilePlan, "_judge", lambda *given: worth)
+    result = ll.fit(
+        *(goal.model, nn.CrossEntropyLoss(), optimizer, data),
+        **{"epochs": 1, "progress": False, "compile": "auto"},
+        on_step=None if folds else lambda record: None,
+    )
+    assert same(result.params, expected)
+    assert not result.compiled.compiled
+    assert re.search(f"cannot be compiled: .*{what}", result.compiled.reason)
+
+
+def test_a_queue_of_gradients_is_compiled():
+    def start(params):
+        zeros = [{k: torch.zeros_like(t) for k, t in params.items()} for _ in range(2)]
+        return deque(zeros, maxlen=2)
+
+    def update(grads, state, params):
+        last = deque([state[1], grads], maxlen=2)
+        return {k: -0.1 * (last[0][k] + g) for k, g in grads.items()}, last
+
+    optimizer = ll.Optimizer(start, update)
+    goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step, state = ll.make_step(goal, optimizer), ll.init(goal, optimizer)
+    donating = ll.compile_step(step, donate=True, backend="aot_eager")
+    copied = pytree.tree_map_only(torch.Tensor, torch.clone, state)
+    for _ in range(3):
+        *state, _, _ = step(*state, batch(8))
+        *copied, _, _ = donating(*copied, batch(8))
+        assert same(copied, state)
+    assert donating.body.compilations == 1
 
 
 def test_without_memory_a_step_that_donates_is_not_made_again():
@@ -673,6 +768,31 @@ def test_passes_of_the_callers_own_are_called_too(name):
     assert len(seen) == 1
 
 
+class Told(getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", object)):
+    """A pass that is told whether a graph is for inference alone."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, graph, is_inference):
+        self.seen.append(is_inference)
+
+    def uuid(self):
+        return "told"
+
+
+@pytest.mark.skipif(Told.__base__ is object, reason="this torch has no such passes")
+@pytest.mark.parametrize("where", ["pre", "post"])
+def test_passes_that_are_told_of_inference_are(where):
+    x = torch.arange(4.0)
+    name, theirs = f"post_grad_custom_{where}_pass", (Told(), Told())
+    with config.patch({name: theirs[0]}):
+        torch.compile(lambda x: x.exp().sum(), backend="inductor")(x)
+    with config.patch({name: theirs[1]}):
+        torch.compile(lambda x: x.exp().sum(), backend=_compile.inductor)(x)
+    assert theirs[0].seen == theirs[1].seen == [True]
+
+
 # --- where torch.compile leaves it as it is -------------------------------------------
 
 
@@ -715,6 +835,39 @@ def same(one, other):
     return all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in pairs)
 
 
+def test_it_is_compiled_once_that_is_possible_and_nothing_piles_up():
+    goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
+    step, state = ll.make_step(goal, torch.optim.SGD), ll.init(goal, torch.optim.SGD)
+    compiled = ll.compile_step(step, backend="aot_eager")
+    with run_eagerly():
+        for _ in range(3):
+            assert same(compiled(*state, batch(8)), step(*state, batch(8)))
+    assert len(compiled.body._graphs) == 1
+    assert compiled.body.compilations == 0
+    compiled(*state, batch(8))
+    assert compiled.body.compilations == 1
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_a_run_that_is_switched_off_while_it_goes_on_says_so(folds):
+    torch.manual_seed(0)
+    model = mlp() if folds else nn.Sequential(nn.Dropout(0.1), mlp())
+    data = DataLoader(TensorDataset(*batch(16)), 8)
+
+    def off(*record):
+        torch.compiler.set_stance("force_eager")
+
+    try:
+        result = ll.fit(
+            *(model, nn.CrossEntropyLoss(), torch.optim.SGD, data),
+            **{"epochs": 3, "progress": False, "compile": True, "on_epoch": off},
+        )
+    finally:
+        torch.compiler.set_stance("default")
+    assert not result.compiled.compiled
+    assert "compiled at first, and then no more: torch.comp" in result.compiled.reason
+
+
 @pytest.mark.parametrize("left_alone", LEFT_ALONE)
 def test_a_fold_that_is_not_compiled_says_why(left_alone):
     goal = ll.supervised(mlp(), nn.CrossEntropyLoss())
@@ -725,14 +878,14 @@ def test_a_fold_that_is_not_compiled_says_why(left_alone):
     expected = ll.fold(step, *state, data)
     with left_alone():
         assert same(epoch(*state, data), expected)
-    assert "it is switched off" in epoch.why_not
+    assert "it was switched off" in epoch.why_not
     with left_alone():
         result = ll.fit(
             *(goal.model, nn.CrossEntropyLoss(), torch.optim.SGD, data),
             **{"epochs": 1, "progress": False, "compile": True},
         )
     assert not result.compiled.compiled
-    assert "it is switched off" in result.compiled.reason
+    assert "it was switched off" in result.compiled.reason
     assert same(result.history["train_loss"], [expected[2].value()])
 
 

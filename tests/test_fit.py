@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -1367,3 +1368,27 @@ def test_without_a_console_nothing_is_printed(monkeypatch):
         *(mlp(), nn.CrossEntropyLoss(), torch.optim.SGD, [(X, Y)]), epochs=8
     )
     assert len(result.history) == 8
+
+
+def test_the_first_batch_is_looked_at_with_one_graph_of_autograd_at_a_time():
+    """A teacher that is not frozen has its own, as in a step."""
+    teacher, seen, alive = nn.Linear(5, 3), [], []
+
+    class Token:
+        """Lives as long as the graph."""
+
+    def loss(output, target):
+        alive.append([token() for token in seen if token() is not None])
+        hidden = teacher(X[: len(output)]).exp()
+        if hidden.requires_grad:
+            token = hidden.grad_fn.metadata["token"] = Token()
+            seen.append(weakref.ref(token))
+        losses = nn.functional.cross_entropy(output, target, reduction="none")
+        return losses + 0 * hidden.mean()
+
+    ll.fit(
+        *(mlp(), loss, torch.optim.SGD, [(X, Y)]),
+        **{"epochs": 1, "progress": False, "compile": False},
+    )
+    assert len(seen) > 2
+    assert not any(alive)

@@ -410,6 +410,39 @@ def test_a_step_of_ones_own_changes_nothing_once_its_gate_is_closed(source, plai
     assert finite(rest)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_step_that_is_skipped_changes_no_number_of_python(plain):
+    def start(params):
+        return {"made": 0, "rate": 0.1}
+
+    def update(grads, state, params):
+        updates = {name: -state["rate"] * g for name, g in grads.items()}
+        return updates, {"made": state["made"] + 1, "rate": state["rate"] * 0.5}
+
+    optimizer = ll.Optimizer(start, update)
+    own = ll.objective(net(), goal)
+    step = ll.make_step(own, optimizer)
+    state = ll.init(own, optimizer, skip_nonfinite=1)
+    good, bad = (
+        tuple(t[:SIZE] for t in data) for data in (tensors(), tensors("loss", 1, "nan"))
+    )
+    with torch.set_grad_enabled(not plain):
+        for batch in (good, bad, good, bad, good):
+            state = step(*state, batch)[:2]
+    assert state[1].slots == {"made": 2, "rate": 0.025}
+
+
+def test_what_was_not_finite_is_told_in_inference_mode():
+    """Where no gradient can be looked at."""
+    x, y, _ = tensors()
+    with torch.inference_mode(), pytest.raises(ll.NonFiniteError, match="loss"):
+        ll.fit(
+            *(nn.Linear(3, 2), nn.MSELoss(), ll.optim.SGD(lr=1e30)),
+            DataLoader(TensorDataset(x, y), SIZE),
+            **{"epochs": 4, "progress": False, "compile": False},
+        )
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_looking_for_what_was_not_finite_moves_no_generator(in_memory):
     model, states = nn.Linear(3, 2), []

@@ -214,6 +214,24 @@ def test_compiled_runs(model, tmp_path, interrupt):
         same(straight, interrupted(directory, interrupt, [step], **options))
 
 
+@pytest.mark.usefixtures("aot_eager")
+def test_a_compiled_run_that_goes_on_eagerly_is_not_exact(tmp_path):
+    run(tmp_path, epochs=1, compile=True)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.warns(
+            UserWarning, match="torch.compile was 'on', and is 'switched off'"
+        ),
+    ):
+        result = run(tmp_path, epochs=2, compile=True)[0]
+    assert not result.resume_exact
+    assert "torch.compile was 'on'" in result.resume_reason
+    assert "it was switched off" in result.compiled.reason
+    result = run(tmp_path, epochs=3, compile=True)[0]
+    assert result.resume_reason == "torch.compile was 'on', and is 'switched off'"
+    assert not result.compiled.compiled
+
+
 @pytest.mark.parametrize("step", [2, 7, 13])
 def test_worker_processes(step, tmp_path, interrupt):
     options = {"data": partial(loader, Noisy(), num_workers=2)}

@@ -14,6 +14,7 @@ from lossloop._compile import (
     CompiledTooOftenError,
     compile_step,
     graphs_compiled,
+    why_not_traced,
 )
 from lossloop._step import EvalStep, MicroBatches, TrainStep
 from lossloop._types import StepOutput
@@ -127,6 +128,8 @@ def compiled_is_eager(
     backend: Backend = "inductor",
 ) -> Outcome:
     """Judges `COMPILED`."""
+    if why := why_not_traced():
+        raise NotJudgedError(COMPILED, f"Nothing is compiled: {why}.")
     plain, fast = _eager_program(subject), _compiled_program(subject, compiled, backend)
     narrow = narrowest(subject)
     limit, subject = limit_of(COMPILED, narrow), subject._replace(narrow=narrow)
