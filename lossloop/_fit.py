@@ -456,6 +456,9 @@ def fit(
     )
     del params, opt_state, batches  # or they would be kept beside what follows
     final = training.run()
+    if training.ended == "interrupted":
+        where = "" if checkpoint is None else f", and saved in {checkpoint}"
+        bar.say(f"Interrupted after step {int(training.opt_state.step)}{where}.")
     if progress and len(training.history) >= ENOUGH:
         known = all(in_memory(each) for each in (train, () if val is None else val))
         facts = data_facts(model, goal, train, val) if known else None

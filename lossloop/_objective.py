@@ -34,7 +34,8 @@ with p.requires_grad_(True)."""
 NOT_DIFFERENTIABLE = """\
 torch.func, which differentiates the step, refuses something in the model or the loss.
 Give each torch.autograd.Function a setup_context, take torch.utils.checkpoint and
-saved-tensor hooks out, and do not call requires_grad_() or backward() inside.
+saved-tensor hooks out, do not call requires_grad_() or backward() inside, and give a
+recurrent layer padded sequences instead of packed ones.
 ({error})\
 """
 
@@ -313,7 +314,10 @@ def _explain_dtypes(
 def _of_functorch(error: RuntimeError) -> bool:
     if "Could not run" in str(error):  # lists all of torch's parts
         return False
-    marks = ("functorch", "torch.func", "FuncTorch", "TensorWrapper", "vmap, grad")
+    marks = (
+        *("functorch", "torch.func", "FuncTorch", "TensorWrapper", "vmap, grad"),
+        "data pointer of Tensor that doesn't have storage",  # packed sequences
+    )
     return any(mark in str(error) for mark in marks)
 
 

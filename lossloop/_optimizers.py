@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard, cast
@@ -626,8 +627,9 @@ def as_optimizer(value: object) -> Optimizer:
         return from_torch(cast(TorchLike, value))
     if isinstance(value, type) or not _has_init_and_update(value):
         raise TypeError(
-            f"{value!r} is not an optimizer: pass one of torch.optim (an instance, a "
-            f"class or a partial of a class), one of lossloop.optim, or an object with "
+            f"{reprlib.repr(value)} is not an optimizer: pass one of torch.optim (an "
+            f"instance, as Adam(model.parameters()), a class or a partial of a class), "
+            f"one of lossloop.optim, as Adam(lr=0.001), or an object with "
             f"`init(params)` and `update(grads, state, params)`"
         )
     init, foreign_update = value.init, value.update

@@ -18,7 +18,7 @@ class EarlyStopping(NamedTuple):
         patience: Epochs to wait for, at least 1.
         min_delta: By how much a value must be better, at least 0.
         on: The column, "val_loss" or that of a metric.
-        mode: Whether lower ("min") or higher ("max") is better.
+        mode: Whether lower ("min") or higher ("max") is better; of a loss, lower is.
 
     Example:
         >>> EarlyStopping(5, on="val_accuracy", mode="max").patience
@@ -28,7 +28,7 @@ class EarlyStopping(NamedTuple):
     patience: int
     min_delta: float = 0.0
     on: str = "val_loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] | None = None
 
 
 def as_early_stopping(
@@ -50,7 +50,7 @@ def as_early_stopping(
             f"fit(early_stopping=...) needs patience >= 1 and min_delta >= 0, got "
             f"{early_stopping!r}."
         )
-    if mode not in ("min", "max"):
+    if mode not in ("min", "max", None):
         raise ValueError(
             f"fit(early_stopping=...): mode must be 'min' or 'max', got {mode!r}."
         )
@@ -58,6 +58,11 @@ def as_early_stopping(
         raise ValueError(
             f"fit(early_stopping=...) watches {on!r}, which this run does not have; it "
             f"has {', '.join(columns)}. val_loss and metrics need a val_loader."
+        )
+    if mode is None and on not in ("train_loss", "val_loss"):
+        raise ValueError(
+            f"fit(early_stopping=...) watches {on!r}, of which nobody knows whether "
+            f"higher is better: pass mode='max', or mode='min'."
         )
     return early_stopping
 

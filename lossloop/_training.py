@@ -254,6 +254,7 @@ class Training:
             self._load(self.params, self.opt_state)
             self.schedule.finish_epoch()
         self._resumed = saved
+        self.bar.say(f"Going on after step {int(self.opt_state.step)}.")
 
     def _begin(self) -> None:
         """Looks whether there is anything left to do, and how much."""

@@ -808,7 +808,31 @@ def of_another():
     )
 
 
+class Packed(nn.Module):
+    """Packs its sequences, which `torch.func` cannot differentiate."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        lengths = torch.ones(len(x), dtype=torch.int64)
+        pack = nn.utils.rnn.pack_padded_sequence
+        packed = pack(x.unsqueeze(1), lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.recurrent(packed)[1][0])
+
+
 REFUSED = {
+    "packed sequences": (
+        {"model": Packed()},
+        TypeError,
+        "train_loader, batch 1: .*padded sequences instead of packed ones",
+    ),
+    "parameters for an optimizer": (
+        {"optimizer": list(nn.Linear(500, 3).parameters())},
+        TypeError,
+        r"^.{0,99} is not an optimizer: pass .*as Adam\(model.parameters\(\)\)",
+    ),
     "a penalty by another way": (
         penalised(),
         ValueError,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lossloop as ll
 from lossloop import _compile, _fit, _step, _training
-from lossloop._stopping import EarlyStopping, Patience
+from lossloop._stopping import EarlyStopping, Patience, as_early_stopping
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +187,20 @@ def test_rules_that_cannot_work_are_refused(rule, message):
         run(val=val, early_stopping=rule)
     with pytest.raises(TypeError, match="a number of epochs or an EarlyStopping"):
         run(early_stopping="soon")
+
+
+def test_whether_higher_is_better_has_to_be_said_of_a_metric():
+    """Or a run would end because its accuracy rose."""
+    columns = ["train_loss", "val_loss", "val_accuracy"]
+    with pytest.raises(ValueError, match=r"'val_accuracy', of .* pass mode='max', or"):
+        as_early_stopping(EarlyStopping(1, on="val_accuracy"), columns)
+    for on, mode in (
+        ("train_loss", None),
+        ("val_loss", "max"),
+        ("val_accuracy", "min"),
+    ):
+        rule = EarlyStopping(1, on=on, mode=mode)
+        assert as_early_stopping(rule, columns) is rule
 
 
 # --- what is measured, and when -------------------------------------------------------

@@ -177,6 +177,16 @@ def test_every_batch_of_a_run(model, optimizer, tmp_path, interrupt):
         assert resumed[0].resume_reason == ""
 
 
+def test_it_says_where_it_was_interrupted_and_goes_on(tmp_path, interrupt, capsys):
+    interrupt(5)
+    run(tmp_path, progress="plain")
+    said = capsys.readouterr().out.splitlines()
+    step = int(ll.load(tmp_path).opt_state.step)
+    assert said[-1] == f"Interrupted after step {step}, and saved in {tmp_path}."
+    run(tmp_path, progress="plain")
+    assert f"Going on after step {step}." in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("data", [loader, partial(loader, [*zip(X, Y, strict=True)])])
 def test_fewer_steps_may_be_asked_for_than_were_made(data, tmp_path, interrupt):
     interrupt(5)
