@@ -34,7 +34,7 @@ def test_killed_at_any_time(kind, campaign):
     assert answer["same"] == answer["runs"] > KILLS[kind] / 20
     if kind != "workers":
         assert all(answer["stages"].values())
-        assert answer["places"] > 10
+        assert answer["places"] > 6  # of 13; which, is a matter of luck
 
 
 def test_killed_in_fresh_processes(campaign):
