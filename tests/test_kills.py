@@ -10,7 +10,7 @@ import killing
 import pytest
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
-KILLS = {"eager": 129, "workers": 8, "compiled": 60}
+KILLS = {"eager": 109, "workers": 8, "compiled": 80}
 if LONG:
     KILLS = {"eager": 1290, "workers": 80, "compiled": 400, "folded": 200}
 FRESH = 30 if LONG else 3
@@ -34,7 +34,7 @@ def test_killed_at_any_time(kind, campaign):
     assert answer["same"] == answer["runs"] > KILLS[kind] / 20
     if kind != "workers":
         assert all(answer["stages"].values())
-        assert answer["places"] > 6  # of 13; which, is a matter of luck
+        assert answer["places"] > 10
 
 
 def test_killed_in_fresh_processes(campaign):
