@@ -239,11 +239,6 @@ TORCHDYNAMO_DISABLE, torch.compiler.set_stance), or a mode was active that sees 
 operator, such as FlopCounterMode"""
 
 
-# What a state may be made of beside dicts, and what may be in it beside tensors.
-_PARTS = (tuple, list, deque)
-_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-
-
 class NotTracedError(Exception):
     """What was to be compiled was called as it is, before it did anything."""
 
@@ -560,6 +555,11 @@ def write(old: Any, new: Any) -> None:
             # Compiled, a write into a 0-d float64 input on the CPU is silently lost
             # (seen in torch 2.13 with the aot_eager and inductor back ends).
             target.view(1).copy_(source.view(1))
+
+
+# What a state may be made of beside dicts, and what may be in it beside tensors.
+_PARTS = (tuple, list, deque)
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def pairs(old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:

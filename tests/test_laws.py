@@ -1030,3 +1030,14 @@ def test_state_that_is_no_tensor_is_compared_too(law, kind):
             law(counting, torch.rand(8), **start, **FEW)
     else:  # each call gets a copy, and does the same to it
         law(counting, torch.rand(8), **start, **FEW)
+
+
+def test_where_nothing_is_compiled_the_law_is_not_judged():
+    """Eager beside eager would say nothing."""
+    goal = ll.supervised(nn.Linear(2, 1), nn.MSELoss())
+    data = torch.randn(8, 2), torch.randn(8, 1)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(ValueError, match=r"Nothing is compiled: torch\.compile left"),
+    ):
+        check_compiled_matches_eager(goal, data, backend="aot_eager")
